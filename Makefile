@@ -1,0 +1,40 @@
+# Everything runs in .venv, which the first target makes; nothing needs to be activated.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(READY) ## crop a real photo in every dialect, write the picture, say what was done
+	@$(BIN)/python examples/crops.py
+
+test: $(READY) ## run the whole test suite
+	@$(BIN)/python -m pytest -q
+
+check: $(READY) ## lint, format and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(READY) ## time the workloads on the CPU, beside torchvision where it is installed
+	@$(BIN)/python -m benchmarks.cpu
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) build dist *.egg-info
+
+# torch comes first: a package that wants any torch then leaves this one in place.
+$(READY): setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; say which: make PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet -e '.[test,examples]'
+	@touch $(READY)

@@ -1,0 +1,39 @@
+"""What every backend asks of an array: its dtype's name and its memory order. Nothing here touches its elements."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+SIGNED = ("int8", "int16", "int32", "int64")
+INTEGERS = (*SIGNED, "uint8", "uint16", "uint32", "uint64")
+
+
+class Like(NamedTuple):
+    """An array but for its elements."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+
+
+def dtype_name(array: Any) -> str:
+    """`float32` for NumPy's, CuPy's, torch's and ml_dtypes' alike, in any byte order."""
+    return getattr(array.dtype, "name", None) or str(array.dtype).removeprefix("torch.")
+
+
+def output_name(name: str) -> str:
+    """The dtype of crops of features of dtype `name`: floats stay, integers and booleans give float32."""
+    return name if name in FLOATS else "float32"
+
+
+def compute_name(name: str) -> str:
+    """The dtype in which features of dtype `name` are interpolated and summed."""
+    return "float64" if name == "float64" else "float32"
+
+
+def is_channels_last(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the channels of (N, C, H, W) features are closest in memory. `strides` in any unit."""
+    channel = abs(strides[1])
+    spatial = [abs(stride) for size, stride in zip(shape[2:], strides[2:]) if size > 1]
+    return shape[1] > 1 and bool(spatial) and 0 < channel < min(spatial)

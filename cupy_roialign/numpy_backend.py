@@ -1,0 +1,371 @@
+"""The CPU: an operator and its two gradients on NumPy arrays.
+
+A box's window of the features is resampled along one axis and then along the other, by small matrix products
+for all channels at once. Features are read where they lie if BLAS can; otherwise the part that boxes touch is
+copied into a layout that it can read, as many channels at a time as the workspace holds.
+
+Shapes and dtypes have been checked (validation.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupy_roialign import arrays, geometry, validation
+from cupy_roialign.numpy_weights import AxisWeights, Block, Pixels
+
+WORKSPACE = 64 * 2**20
+"""Bytes that a copy of features may take, and as many the weights of the boxes at work."""
+
+FEW_CHANNELS = 16
+"""Below, an image is worked on as planes, (C, H, W); from here on as pixels, (H, W, C)."""
+
+Product = Callable[[np.ndarray, int, np.ndarray], np.ndarray]
+
+
+@np.errstate(all="ignore")
+def forward(features: np.ndarray, boxes: np.ndarray, batch_indices: np.ndarray, rule: geometry.Rule) -> np.ndarray:
+    """(K, C, bins_y, bins_x) crops, in the memory order of `features`; NaN for a box that is not finite."""
+    boxes, batch_indices = _numbers(features, boxes, batch_indices, rule)
+    output = _allocate(np.empty, features, (len(boxes), features.shape[1], *rule.bins), _output_dtype(features))
+    if output.size == 0:
+        return output
+    layout = _Layout.of(features)
+    for chunk in _chunks(features, boxes, batch_indices, rule):
+        output[chunk.empty] = 0
+        for piece in chunk.pieces:
+            source = _Source(layout.view(features[piece.image, piece.channels]), piece)
+            for box in piece.boxes:
+                window = source.window(box)
+                crop = _resample(window, box, layout.axes, _product)
+                if not _is_finite(crop):
+                    crop = _resample(window, box, layout.axes, _exact_product)
+                layout.view(output[box.index, piece.channels])[...] = crop
+        if rule.extrapolation_value != 0:
+            value = np.array(rule.extrapolation_value).astype(output.dtype)
+            for index, outside in chunk.outside():
+                np.copyto(output[index], value, where=outside)
+    output[~geometry.finite_boxes(rule, boxes)] = np.nan
+    return output
+
+
+@np.errstate(all="ignore")
+def feature_gradient(
+    grad_output: np.ndarray,
+    features: np.ndarray | arrays.Like,
+    boxes: np.ndarray,
+    batch_indices: np.ndarray,
+    rule: geometry.Rule,
+) -> np.ndarray:
+    """The gradient to the features, in their memory order; float32 where they are integers.
+
+    Boxes are added one after another: the result is the same, to the bit, each time.
+    """
+    boxes, batch_indices = _numbers(features, boxes, batch_indices, rule)
+    total = _allocate(np.zeros, features, features.shape, _compute_dtype(features))
+    if grad_output.size and total.size:
+        layout = _Layout.of(total)
+        for chunk in _chunks(total, boxes, batch_indices, rule):
+            for piece in chunk.pieces:
+                target = layout.view(total[piece.image, piece.channels])[piece.window]
+                part = target if _blas_reads(target) else np.zeros(target.shape, total.dtype)
+                for box in piece.boxes:
+                    grad = layout.view(grad_output[box.index, piece.channels]).astype(total.dtype, copy=False)
+                    product = _product if _is_finite(grad) else _exact_product
+                    part[box.window] += _spread(grad, part[box.window].shape, box, layout.axes, product)
+                if part is not target:
+                    target += part
+    return total.astype(_output_dtype(features), copy=False)
+
+
+@np.errstate(all="ignore")
+def box_gradient(
+    grad_output: np.ndarray, features: np.ndarray, boxes: np.ndarray, batch_indices: np.ndarray, rule: geometry.Rule
+) -> np.ndarray:
+    """The gradient to the boxes, in their shape; NaN for a box that is not finite, 0 in a batch index column."""
+    dtype = boxes.dtype
+    boxes, batch_indices = _numbers(features, boxes, batch_indices, rule)
+    gradient = np.zeros(boxes.shape, np.float64)
+    if grad_output.size and not rule.nearest:
+        layout = _Layout.of(features)
+        for chunk in _chunks(features, boxes, batch_indices, rule):
+            flats = [np.zeros_like(weights.flat) for weights in chunk.weights]
+            slopes = [weights.blocks(flat) for weights, flat in zip(chunk.weights, flats)]
+            for piece in chunk.pieces:
+                source = _Source(layout.view(features[piece.image, piece.channels]), piece)
+                for box in piece.boxes:
+                    window = source.window(box)
+                    grad = layout.view(grad_output[box.index, piece.channels]).astype(window.dtype, copy=False)
+                    for axis in (0, 1):
+                        _add_weight_gradient(slopes[axis][box.place], axis, grad, window, box, layout.axes)
+            for axis in (0, 1):
+                of_start, of_bin = chunk.weights[axis].position_gradient(flats[axis])
+                low, high = chunk.axes[axis].edge_gradient(of_start, of_bin)
+                gradient[chunk.boxes, rule.columns[axis]] = low
+                gradient[chunk.boxes, rule.columns[axis + 2]] = high
+    gradient[np.ix_(~geometry.finite_boxes(rule, boxes), rule.columns)] = np.nan
+    return gradient.astype(dtype.newbyteorder("="), copy=False)
+
+
+# ---- memory ----
+
+
+def _numbers(
+    features: np.ndarray | arrays.Like, boxes: np.ndarray, batch_indices: np.ndarray, rule: geometry.Rule
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes in the precision of positions, and batch indices that are in range."""
+    precision = geometry.precision(rule, arrays.dtype_name(features), arrays.dtype_name(boxes))
+    return boxes.astype(precision, copy=False), validation.whole_indices(batch_indices, features.shape[0])
+
+
+def _output_dtype(features: np.ndarray | arrays.Like) -> np.dtype:
+    name = arrays.output_name(arrays.dtype_name(features))
+    # bfloat16 is known to NumPy only as the dtype that the features bring along
+    return np.dtype(features.dtype if name == "bfloat16" else name)
+
+
+def _compute_dtype(features: np.ndarray | arrays.Like) -> np.dtype:
+    return np.dtype(arrays.compute_name(arrays.dtype_name(features)))
+
+
+def _allocate(new: Callable[..., np.ndarray], like: np.ndarray | arrays.Like, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array of (N or K, C, height, width), channels-last in memory where `like` is."""
+    if arrays.is_channels_last(like.shape, like.strides):
+        count, channels, height, width = shape
+        return new((count, height, width, channels), dtype).transpose(0, 3, 1, 2)
+    return new(shape, dtype)
+
+
+def _blas_reads(view: np.ndarray) -> bool:
+    """Whether matrix products take the last two axes of `view` as they lie."""
+    rows, columns = view.strides[-2:]
+    native = view.flags.aligned and view.dtype.isnative
+    return native and columns == view.itemsize and rows >= view.shape[-1] * view.itemsize
+
+
+def _is_finite(values: np.ndarray) -> bool:
+    """Whether all is finite. False for some huge finite values too, which then only take the slower way."""
+    flat = values.ravel(order="K")
+    return math.isfinite(flat.dot(flat))
+
+
+class _Layout(NamedTuple):
+    """How an image, (C, H, W), is worked on: its order of axes, and where y and x are in that."""
+
+    order: tuple[int, int, int]
+    axes: tuple[int, int]
+
+    @staticmethod
+    def of(features: np.ndarray) -> _Layout:
+        return _Layout((0, 1, 2), (1, 2)) if features.shape[1] < FEW_CHANNELS else _Layout((1, 2, 0), (0, 1))
+
+    def view(self, image: np.ndarray) -> np.ndarray:
+        return image.transpose(self.order)
+
+    def index(self, pixels: list[Pixels]) -> tuple[Any, ...]:
+        """An index of a view, for some rows and columns."""
+        y, x = pixels
+        if isinstance(y, np.ndarray) and isinstance(x, np.ndarray):
+            y = y[:, None]
+        return (*(slice(None),) * self.axes[0], y, x)
+
+
+class _Source:
+    """Windows of some channels of one image, as matrix products take them."""
+
+    def __init__(self, view: np.ndarray, piece: _Piece):
+        self.dtype = _compute_dtype(view)
+        self.base = view[piece.window]
+        self.ready = view.dtype == self.dtype and _blas_reads(view)
+        if piece.crowded and not self.ready:
+            self.base = np.ascontiguousarray(self.base, self.dtype)
+            self.ready = True
+
+    def window(self, box: _Box) -> np.ndarray:
+        window = self.base[box.window]
+        return window if self.ready else np.ascontiguousarray(window, self.dtype)
+
+
+# ---- the plan ----
+
+
+class _Box(NamedTuple):
+    """A box at work."""
+
+    index: int  # in the caller's boxes
+    place: int  # in the chunk
+    window: tuple[Any, ...]  # its pixels in the piece's window, as an index
+    blocks: tuple[list[Block], list[Block]]  # its weights along y and x
+
+
+class _Piece(NamedTuple):
+    """The boxes of a chunk that lie in one image, and some of the channels."""
+
+    image: int
+    channels: slice
+    window: tuple[slice, ...]  # the part of the image that they touch, as an index
+    crowded: bool  # they touch more pixels, each on its own, than that part has
+    boxes: list[_Box]
+
+
+class _Chunk(NamedTuple):
+    """Boxes whose weights are in memory together, sorted by image."""
+
+    boxes: np.ndarray
+    axes: list[geometry.Axis]
+    weights: list[AxisWeights]
+    pieces: list[_Piece]
+    empty: np.ndarray  # those boxes that touch no pixel
+
+    def outside(self) -> Iterator[tuple[int, np.ndarray]]:
+        """The boxes with samples outside of the image, and which: (bins_y, bins_x) bool. For one sample a bin."""
+        inside_y, inside_x = (weights.inside() for weights in self.weights)
+        partly = ~(inside_y.all(axis=1) & inside_x.all(axis=1))
+        for place in np.flatnonzero(partly).tolist():
+            yield int(self.boxes[place]), ~(inside_y[place][:, None] & inside_x[place])
+
+
+def _chunks(array: np.ndarray, boxes: np.ndarray, batch_indices: np.ndarray, rule: geometry.Rule) -> Iterator[_Chunk]:
+    """All boxes, as many at a time as the workspace holds the weights of. `array`: the features or their gradient."""
+    order = np.argsort(batch_indices, kind="stable")
+    sizes = array.shape[2:]
+    axes = [geometry.resolve(rule, boxes[order], axis, sizes[axis]) for axis in (0, 1)]
+    cost = sum(AxisWeights.estimate_bytes(axes[axis], rule.bins[axis], sizes[axis]) for axis in (0, 1))
+    ends = np.cumsum(cost)
+    start = 0
+    while start < len(order):
+        limit = WORKSPACE + (ends[start - 1] if start else 0)
+        stop = max(start + 1, int(np.searchsorted(ends, limit)))
+        part = [axis.part(start, stop) for axis in axes]
+        weights = [AxisWeights(rule, part[a], rule.bins[a], sizes[a], _compute_dtype(array)) for a in (0, 1)]
+        yield _chunk(array, order[start:stop], batch_indices[order[start:stop]], part, weights)
+        start = stop
+
+
+def _chunk(
+    array: np.ndarray, chosen: np.ndarray, images: np.ndarray, axes: list[geometry.Axis], weights: list[AxisWeights]
+) -> _Chunk:
+    layout = _Layout.of(array)
+    touches = (weights[0].counts > 0) & (weights[1].counts > 0)
+    along_y, along_x = (w.blocks(w.flat) for w in weights)
+    in_place = array.dtype == _compute_dtype(array) and _blas_reads(layout.view(array[0]))
+    pieces = []
+    active = np.flatnonzero(touches)
+    borders = np.flatnonzero(np.diff(images[active], prepend=-1)) if active.size else active
+    for places in np.split(active, borders[1:]):
+        if not places.size:
+            continue
+        image = int(images[places[0]])
+        low = [int(w.first[places].min()) for w in weights]
+        high = [int(w.stop[places].max()) for w in weights]
+        window = layout.index([slice(a, b) for a, b in zip(low, high)])
+        area = (high[0] - low[0]) * (high[1] - low[1])
+        members = [
+            _Box(k, place, layout.index([w.pixels(place, origin) for w, origin in zip(weights, low)]), (along_y[place], along_x[place]))
+            for k, place in zip(chosen[places].tolist(), places.tolist())
+        ]
+        crowded = int((weights[0].counts[places] * weights[1].counts[places]).sum()) >= area
+        channels = array.shape[1]
+        at_once = channels if in_place else max(1, WORKSPACE // (area * _compute_dtype(array).itemsize))
+        for start in range(0, channels, at_once):
+            pieces.append(_Piece(image, slice(start, start + at_once), window, crowded, members))
+    return _Chunk(chosen, axes, weights, pieces, chosen[~touches])
+
+
+# ---- the arithmetic ----
+
+
+def _product(values: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
+    """`matrix` (m, n) times `values` (..., n, ...) along `axis`, which gets m entries."""
+    lead, trail = values.shape[:axis], values.shape[axis + 1 :]
+    if trail:
+        flat = values.reshape(*lead, values.shape[axis], -1)
+        return (matrix @ flat).reshape(*lead, len(matrix), *trail)
+    return (values.reshape(-1, values.shape[axis]) @ matrix.T).reshape(*lead, len(matrix))
+
+
+def _exact_product(values: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
+    """The same for values that hold NaN or infinities: these reach only where their weight is not 0.
+
+    A plain product would spread them over all that it computes, since 0 * NaN is NaN. Weights are not negative.
+    """
+    total = _product(np.where(np.isfinite(values), values, 0), axis, matrix)
+    touched = (matrix != 0).astype(matrix.dtype)
+    for value, where in ((np.inf, np.isposinf(values)), (-np.inf, np.isneginf(values)), (np.nan, np.isnan(values))):
+        reached = _product(where.astype(matrix.dtype), axis, touched) > 0
+        total[reached] += value
+    return total
+
+
+def _resample(window: np.ndarray, box: _Box, axes: tuple[int, int], product: Product) -> np.ndarray:
+    """The crop of a window: Wy X Wx^T."""
+    for axis in _order(window.shape, box, axes):
+        window = _resample_axis(window, axes[axis], box.blocks[axis], product)
+    return window
+
+
+def _order(shape: tuple[int, ...], box: _Box, axes: tuple[int, int]) -> tuple[int, int]:
+    """Which of y (0) and x (1) to resample first: the one whose result is the smaller.
+
+    If in doubt, the one in the middle of the layout: its products read whole rows as they lie. What lies between
+    the two products is thus never much larger than both the window and the crop.
+    """
+    bins = [blocks[-1].bins.stop for blocks in box.blocks]
+    between = [bins[axis] * shape[axes[1 - axis]] for axis in (0, 1)]
+    first = axes.index(1)
+    if between[first] > 2 * between[1 - first]:
+        first = 1 - first
+    return (first, 1 - first)
+
+
+def _resample_axis(values: np.ndarray, axis: int, blocks: list[Block], product: Product) -> np.ndarray:
+    if len(blocks) == 1:
+        return product(values, axis, blocks[0].matrix)
+    parts = [product(values[_at(axis, block.pixels)], axis, block.matrix) for block in blocks]
+    return np.concatenate(parts, axis)
+
+
+def _spread(grad: np.ndarray, shape: tuple[int, ...], box: _Box, axes: tuple[int, int], product: Product) -> np.ndarray:
+    """The gradient to a window from that to its crop: Wy^T G Wx."""
+    for axis in reversed(_order(shape, box, axes)):
+        blocks = box.blocks[axis]
+        if len(blocks) == 1:
+            grad = product(grad, axes[axis], blocks[0].matrix.T)
+        else:
+            wider = list(grad.shape)
+            wider[axes[axis]] = shape[axes[axis]]
+            wide = np.zeros(wider, grad.dtype)
+            for block in blocks:
+                wide[_at(axes[axis], block.pixels)] += product(grad[_at(axes[axis], block.bins)], axes[axis], block.matrix.T)
+            grad = wide
+    return grad
+
+
+def _add_weight_gradient(
+    slopes: list[Block], axis: int, grad: np.ndarray, window: np.ndarray, box: _Box, axes: tuple[int, int]
+) -> None:
+    """Adds the gradient to the weights of a box along `axis`: the crop's, against the window resampled along the other."""
+    other = 1 - axis
+    for product in (_product, _exact_product):
+        lines = _resample_axis(window, axes[other], box.blocks[other], product)
+        parts = [_contract(grad[_at(axes[axis], s.bins)], lines[_at(axes[axis], s.pixels)], axes[axis]) for s in slopes]
+        if all(_is_finite(part) for part in parts):
+            break
+    for slope, part in zip(slopes, parts):
+        slope.matrix[...] += part
+
+
+def _contract(left: np.ndarray, right: np.ndarray, axis: int) -> np.ndarray:
+    """The sum of left * right over all axes but `axis`, of which all pairs are taken: (m, n)."""
+    lead = math.prod(left.shape[:axis])
+    left = left.reshape(lead, left.shape[axis], -1)
+    right = right.reshape(lead, right.shape[axis], -1)
+    return (left @ right.transpose(0, 2, 1)).sum(axis=0)
+
+
+def _at(axis: int, part: slice) -> tuple[slice, ...]:
+    return (slice(None),) * axis + (part,)
