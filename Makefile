@@ -36,5 +36,5 @@ $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet -e '.[test,examples]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[test,examples]'
 	@touch $(READY)

@@ -20,13 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-MAX_ADAPTIVE_SAMPLES = 2**23
-"""Most samples a bin and axis that an adaptive grid takes.
-
-``i + 0.5`` is exact in float32 up to there. A bin of more pixels (a box of tens of millions of pixels) is
-sampled more thinly, still evenly, and its cost stays bounded by the image.
-"""
-
 EVERY_SAMPLE = 16
 """Up to so many samples a bin, all are tried; beyond, first the range that can lie inside is computed."""
 
@@ -131,7 +124,9 @@ def resolve(rule: Rule, boxes: np.ndarray, axis: int, size: int) -> Axis:
             if rule.sampling_ratio > 0:
                 samples = np.full(len(boxes), rule.sampling_ratio, np.int64)
             else:
-                wanted = np.minimum(np.ceil(step), real(MAX_ADAPTIVE_SAMPLES))
+                # More pixels a bin than numbers i + 0.5 are exact are sampled more thinly, still evenly: so the
+                # cost of a box as wide as floats go stays that of the image.
+                wanted = np.minimum(np.ceil(step), real(2.0 ** np.finfo(real).nmant))
                 samples = np.where(wanted > 0, wanted, 0).astype(np.int64)
             start_slope, growth = (float(scale), 0.0), float(scale) * grows / bins
         else:
@@ -225,12 +220,14 @@ def _taps(rule: Rule, position: np.ndarray, size: int) -> tuple[np.ndarray, np.n
         low = (low + (position - low >= 0.5)).astype(np.int64)
         return low, low, np.zeros_like(position)
     if rule.clamps:
+        inner = (position >= 0).astype(np.int64)
         position = np.clip(position, 0, size - 1)
-    low = position.astype(np.int64)
-    if rule.dialect is Dialect.CROP_AND_RESIZE:
+        low = position.astype(np.int64)
+        high = np.minimum(low + inner, size - 1)
+    elif rule.dialect is Dialect.CROP_AND_RESIZE:
+        low = position.astype(np.int64)
         high = np.ceil(position).astype(np.int64)
     else:
-        if not rule.clamps:
-            low = np.minimum(low, max(size - 2, 0))
+        low = np.minimum(position.astype(np.int64), max(size - 2, 0))
         high = np.minimum(low + 1, size - 1)
     return low, high, position - low.astype(position.dtype)

@@ -41,9 +41,9 @@ def forward(features: np.ndarray, boxes: np.ndarray, batch_indices: np.ndarray, 
             source = _Source(layout.view(features[piece.image, piece.channels]), piece)
             for box in piece.boxes:
                 window = source.window(box)
-                crop = _resample(window, box, layout.axes, _product)
+                crop = _resample(window, source.dtype, box, layout.axes, _product)
                 if not _is_finite(crop):
-                    crop = _resample(window, box, layout.axes, _exact_product)
+                    crop = _resample(window, source.dtype, box, layout.axes, _exact_product)
                 layout.view(output[box.index, piece.channels])[...] = crop
         if rule.extrapolation_value != 0:
             value = np.array(rule.extrapolation_value).astype(output.dtype)
@@ -99,7 +99,7 @@ def box_gradient(
                 source = _Source(layout.view(features[piece.image, piece.channels]), piece)
                 for box in piece.boxes:
                     window = source.window(box)
-                    grad = layout.view(grad_output[box.index, piece.channels]).astype(window.dtype, copy=False)
+                    grad = layout.view(grad_output[box.index, piece.channels]).astype(source.dtype, copy=False)
                     for axis in (0, 1):
                         _add_weight_gradient(slopes[axis][box.place], axis, grad, window, box, layout.axes)
             for axis in (0, 1):
@@ -186,8 +186,11 @@ class _Source:
             self.ready = True
 
     def window(self, box: _Box) -> np.ndarray:
+        """The pixels of a box; as they are where they would not fit the workspace."""
         window = self.base[box.window]
-        return window if self.ready else np.ascontiguousarray(window, self.dtype)
+        if self.ready or window.size * self.dtype.itemsize > WORKSPACE:
+            return window
+        return np.ascontiguousarray(window, self.dtype)
 
 
 # ---- the plan ----
@@ -252,7 +255,6 @@ def _chunk(
     layout = _Layout.of(array)
     touches = (weights[0].counts > 0) & (weights[1].counts > 0)
     along_y, along_x = (w.blocks(w.flat) for w in weights)
-    in_place = array.dtype == _compute_dtype(array) and _blas_reads(layout.view(array[0]))
     pieces = []
     active = np.flatnonzero(touches)
     borders = np.flatnonzero(np.diff(images[active], prepend=-1)) if active.size else active
@@ -269,9 +271,8 @@ def _chunk(
             for k, place in zip(chosen[places].tolist(), places.tolist())
         ]
         crowded = int((weights[0].counts[places] * weights[1].counts[places]).sum()) >= area
-        channels = array.shape[1]
-        at_once = channels if in_place else max(1, WORKSPACE // (area * _compute_dtype(array).itemsize))
-        for start in range(0, channels, at_once):
+        at_once = max(1, WORKSPACE // (area * _compute_dtype(array).itemsize))
+        for start in range(0, array.shape[1], at_once):
             pieces.append(_Piece(image, slice(start, start + at_once), window, crowded, members))
     return _Chunk(chosen, axes, weights, pieces, chosen[~touches])
 
@@ -283,9 +284,9 @@ def _product(values: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
     """`matrix` (m, n) times `values` (..., n, ...) along `axis`, which gets m entries."""
     lead, trail = values.shape[:axis], values.shape[axis + 1 :]
     if trail:
-        flat = values.reshape(*lead, values.shape[axis], -1)
+        flat = values.reshape(*lead, values.shape[axis], math.prod(trail))
         return (matrix @ flat).reshape(*lead, len(matrix), *trail)
-    return (values.reshape(-1, values.shape[axis]) @ matrix.T).reshape(*lead, len(matrix))
+    return (values.reshape(math.prod(lead), values.shape[axis]) @ matrix.T).reshape(*lead, len(matrix))
 
 
 def _exact_product(values: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
@@ -301,11 +302,27 @@ def _exact_product(values: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndar
     return total
 
 
-def _resample(window: np.ndarray, box: _Box, axes: tuple[int, int], product: Product) -> np.ndarray:
+def _resample(window: np.ndarray, dtype: np.dtype, box: _Box, axes: tuple[int, int], product: Product) -> np.ndarray:
     """The crop of a window: Wy X Wx^T."""
-    for axis in _order(window.shape, box, axes):
-        window = _resample_axis(window, axes[axis], box.blocks[axis], product)
-    return window
+    first, second = _order(window.shape, box, axes)
+    lines = _resample_window(window, dtype, first, box, axes, product)
+    return _resample_axis(lines, axes[second], box.blocks[second], product)
+
+
+def _resample_window(
+    window: np.ndarray, dtype: np.dtype, axis: int, box: _Box, axes: tuple[int, int], product: Product
+) -> np.ndarray:
+    """A window resampled along y (0) or x (1); in strips, if it is one that is still to be converted."""
+    if window.dtype == dtype and _blas_reads(window):
+        return _resample_axis(window, axes[axis], box.blocks[axis], product)
+    across = axes[1 - axis]
+    width = window.shape[across]
+    step = max(1, WORKSPACE * width // (window.size * dtype.itemsize))
+    strips = (window[_at(across, slice(start, start + step))] for start in range(0, width, step))
+    parts = [
+        _resample_axis(np.ascontiguousarray(strip, dtype), axes[axis], box.blocks[axis], product) for strip in strips
+    ]
+    return np.concatenate(parts, across)
 
 
 def _order(shape: tuple[int, ...], box: _Box, axes: tuple[int, int]) -> tuple[int, int]:
@@ -351,7 +368,7 @@ def _add_weight_gradient(
     """Adds the gradient to the weights of a box along `axis`: the crop's, against the window resampled along the other."""
     other = 1 - axis
     for product in (_product, _exact_product):
-        lines = _resample_axis(window, axes[other], box.blocks[other], product)
+        lines = _resample_window(window, grad.dtype, other, box, axes, product)
         parts = [_contract(grad[_at(axes[axis], s.bins)], lines[_at(axes[axis], s.pixels)], axes[axis]) for s in slopes]
         if all(_is_finite(part) for part in parts):
             break
@@ -361,9 +378,9 @@ def _add_weight_gradient(
 
 def _contract(left: np.ndarray, right: np.ndarray, axis: int) -> np.ndarray:
     """The sum of left * right over all axes but `axis`, of which all pairs are taken: (m, n)."""
-    lead = math.prod(left.shape[:axis])
-    left = left.reshape(lead, left.shape[axis], -1)
-    right = right.reshape(lead, right.shape[axis], -1)
+    lead, trail = math.prod(left.shape[:axis]), math.prod(left.shape[axis + 1 :])
+    left = left.reshape(lead, left.shape[axis], trail)
+    right = right.reshape(lead, right.shape[axis], trail)
     return (left @ right.transpose(0, 2, 1)).sum(axis=0)
 
 

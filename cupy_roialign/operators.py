@@ -181,8 +181,8 @@ def roi_align(
             (K, 4), with ``batch_indices``.
         output_size: (height, width) in bins, or an int for both.
         spatial_scale: size of the features over that of the image, 1/16 for a stride of 16.
-        sampling_ratio: samples a bin along each axis; 0 or negative: as many as a bin has pixels, rounded up
-            (at most 2**23 a bin).
+        sampling_ratio: samples a bin along each axis, at most 4096; 0 or negative: as many as a bin has pixels,
+            rounded up (at most 2**23 for float32 boxes, 2**52 for float64).
         aligned: whether pixel coordinates are shifted by half a pixel, as they should.
         batch_indices: (K,) integers in [0, N): the image of each box, for (K, 4) boxes.
 

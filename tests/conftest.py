@@ -72,6 +72,6 @@ class TorchBackend:
 BACKENDS = {"numpy": NumpyBackend, "torch": TorchBackend}
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=BACKENDS, scope="session")
 def backend(request):
     return BACKENDS[request.param]()

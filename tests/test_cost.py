@@ -1,0 +1,150 @@
+"""What a call costs, counted and not timed: no box costs more than the image, and memory is bounded."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+import cupy_roialign as cr
+from cupy_roialign import geometry, numpy_backend
+from cupy_roialign.geometry import Dialect, Rule
+from cupy_roialign.numpy_weights import AxisWeights
+from tests.test_oracle import lay_out
+
+SIZE, BINS = 50, 7
+X1_Y1_X2_Y2 = (1, 0, 3, 2)
+
+HUGE = [
+    (-1e30, 1e30),
+    (0.0, 1e30),
+    (-1e30, 25.0),
+    (-3e38, 3e38),
+    (1e30, 3e30),
+    (-1e7, 1e7),
+    (-1e9, 1e9),
+    (-123456.7, 234567.8),
+    (1e30, -1e30),
+    (-1e300, 1e300),
+    (-1.7e308, 1.7e308),
+]
+
+
+def along_x(edges, dialect, real=np.float32, **options):
+    """The rule, the boxes on the x axis, and their samples."""
+    with np.errstate(over="ignore"):
+        boxes = np.array([[low, 0.0, high, SIZE] for low, high in edges]).astype(real)
+    rule = Rule(dialect, (BINS, BINS), X1_Y1_X2_Y2, **options)
+    return rule, geometry.resolve(rule, boxes, 1, SIZE)
+
+
+DIALECTS = [
+    (Dialect.ROI_ALIGN, {"sampling_ratio": 0, "aligned": True}),
+    (Dialect.ROI_ALIGN, {"sampling_ratio": 0, "aligned": False}),
+    (Dialect.ROI_ALIGN, {"sampling_ratio": 3, "aligned": True}),
+    (Dialect.ROI_CROP_CENTERS, {}),
+    (Dialect.ROI_CROP_CORNERS, {}),
+    (Dialect.CROP_AND_RESIZE, {}),
+]
+
+
+@pytest.mark.parametrize(("dialect", "options"), DIALECTS)
+@pytest.mark.parametrize("real", [np.float32, np.float64])
+@pytest.mark.parametrize("edges", HUGE)
+def test_samples_tried_for_a_huge_box(edges, real, dialect, options):
+    rule, axis = along_x([edges], dialect, real, **options)
+    with np.errstate(all="ignore"):
+        origin = axis.start[:, None] + np.arange(BINS, dtype=real) * axis.bin[:, None]
+        first, stop = geometry._candidates(rule, axis, origin, SIZE)
+    tried = int((stop - first).sum())
+    assert tried <= 2 * SIZE + BINS * (geometry.EVERY_SAMPLE + 16)
+    weights = AxisWeights(rule, axis, BINS, SIZE, np.dtype(np.float32))
+    assert weights.flat.size <= BINS * SIZE
+    assert weights.counts.max() <= SIZE
+
+
+@pytest.mark.parametrize("real", [np.float32, np.float64])
+def test_no_sample_inside_is_passed_over(real):
+    """The range of samples that are tried holds all that lie inside, as trying every one shows."""
+    rng = np.random.default_rng(0)
+    low = rng.uniform(-3000, 50, 400)
+    edges = np.stack([low, low + np.exp(rng.uniform(0, 9, 400))], axis=1)
+    for options in ({"sampling_ratio": 0}, {"sampling_ratio": 0, "aligned": True}, {"sampling_ratio": 40, "aligned": True}):
+        rule, axis = along_x(edges, Dialect.ROI_ALIGN, real, **options)
+        quick = geometry.inside_samples(rule, axis, BINS, SIZE)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(geometry, "EVERY_SAMPLE", 2**40)
+            every = geometry.inside_samples(rule, axis, BINS, SIZE)
+        for a, b in zip(quick, every, strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert (axis.samples > geometry.EVERY_SAMPLE).sum() > 100
+
+
+def test_a_huge_box_averages_what_lies_in_the_image():
+    """Ones inside, zeros outside: the mean over a bin is the share of it that the image covers."""
+    features = np.ones((1, 1, SIZE, SIZE))
+    for half in (1e3, 1e5, 1e7, 1e9, 1e12):
+        box = np.array([[25.0 - half, 0.0, 25.0 + half, SIZE]])
+        mean = cr.roi_align(features, box, (1, 1), aligned=True, batch_indices=np.array([0])).item()
+        assert mean == pytest.approx((SIZE + 1) / (2 * half), rel=0.05)
+
+
+def peak(function):
+    """Bytes that were taken at most while it ran, beside what it returns."""
+    function()
+    tracemalloc.start()
+    try:
+        result = function()
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    return most - result.nbytes
+
+
+MIB = 2**20
+
+LAYOUTS = {
+    "planes": (3, np.float32, "contiguous"),
+    "few channels last": (3, np.uint8, "channels-last"),
+    "half, few": (2, np.float16, "contiguous"),
+    "pixels": (48, np.float32, "contiguous"),
+    "pixels in place": (48, np.float32, "channels-last"),
+    "half": (48, np.float16, "contiguous"),
+    "integers": (48, np.uint8, "contiguous"),
+    "one plane of bytes": (1, np.uint8, "contiguous"),
+    "double, sliced": (20, np.float64, "sliced"),
+}
+
+
+@pytest.mark.parametrize("boxes", ["one of the whole image", "many", "huge", "tiny"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_memory(name, boxes, monkeypatch):
+    """At most twice the features and a constant, which the workspace sets; here it is 256 KiB."""
+    monkeypatch.setattr(numpy_backend, "WORKSPACE", MIB // 4)
+    channels, dtype, order = LAYOUTS[name]
+    side = int((2 * MIB / channels / np.dtype(dtype).itemsize) ** 0.5)
+    features = lay_out(np.ones((1, channels, side, side), dtype), order)
+    rng = np.random.default_rng(0)
+    count = 1 if boxes.startswith("one") else 100
+    if boxes.startswith("one"):
+        corners = np.array([[0, 0, side, side]])
+    elif boxes == "huge":
+        corners = np.tile([-1e30, -1e30, 1e30, 1e30], (count, 1))
+    else:
+        corners = np.sort(rng.uniform(0, side, (count, 2, 2)), axis=1).reshape(count, 4)
+        if boxes == "tiny":
+            corners[:, 2:] = corners[:, :2] + 3
+    corners = corners.astype(np.float32)
+    indices = np.zeros(count, np.int64)
+    output, pullback = cr.vjp(cr.roi_align, features, corners, 3, sampling_ratio=0, batch_indices=indices)
+    grad = np.ones_like(output)
+    bound = 2 * features.nbytes + 2 * MIB
+    assert peak(lambda: cr.roi_align(features, corners, 3, sampling_ratio=0, batch_indices=indices)) <= bound
+    rule = Rule(Dialect.ROI_ALIGN, (3, 3), X1_Y1_X2_Y2, sampling_ratio=0)
+    assert peak(lambda: numpy_backend.feature_gradient(grad, features, corners, indices, rule)) <= bound
+    assert peak(lambda: numpy_backend.box_gradient(grad, features, corners, indices, rule)) <= bound
+
+
+def test_memory_follows_the_box_and_not_the_image():
+    features = np.zeros((1, 32, 1000, 1000), np.float32)  # 128 MB
+    box = np.array([[500, 500, 540, 540]], np.float32)
+    assert peak(lambda: cr.roi_align(features, box, 7, 1.0, 2, batch_indices=np.array([0]))) < MIB
