@@ -25,7 +25,7 @@ check: $(READY) ## lint, format and types
 	@$(BIN)/mypy
 
 bench: $(READY) ## time the workloads on the CPU, beside torchvision where it is installed
-	@$(BIN)/python -m benchmarks.cpu
+	@$(BIN)/python -m benchmarks
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info

@@ -10,8 +10,8 @@ import numpy as np
 
 from cupy_roialign.geometry import Rule
 
-_CPU = 1  # DLPack's number
-_GPUS = {2: "GPU {}", 10: "GPU {} (ROCm)"}
+_CPU = "the CPU"
+_PLACES = {1: _CPU, 2: "GPU {}", 10: "GPU {} (ROCm)"}  # by DLPack's numbers
 
 
 class Request(NamedTuple):
@@ -78,8 +78,8 @@ def home(**named: Any) -> Home:
                 f"{name} and {other} must be arrays of one library on one device; got {_describe(first)} and "
                 f"{_describe(array)}; convert or move one of them"
             )
-    library, device, _ = _kind(first)
-    if device != _CPU:
+    library, place = _kind(first)
+    if place != _CPU:
         raise TypeError(f"{name} must be in the CPU's memory; got {_describe(first)}; copy it there first")
     if library == "torch":
         from cupy_roialign import torch
@@ -96,26 +96,21 @@ def home(**named: Any) -> Home:
     return NumpyHome(namespace().from_dlpack)
 
 
-def _kind(array: Any) -> tuple[str, int, int]:
-    """The library of an array and its DLPack device. Subclasses count as what they are subclasses of."""
+def _kind(array: Any) -> tuple[str, str]:
+    """The library of an array and where its memory is. Subclasses count as what they are subclasses of."""
     torch = sys.modules.get("torch")
     if isinstance(array, np.ndarray):
-        library = "numpy"
-    elif torch is not None and isinstance(array, torch.Tensor):
-        library = "torch"
-    else:
-        library = type(array).__module__.partition(".")[0]
+        return "numpy", _CPU
+    if torch is not None and isinstance(array, torch.Tensor):
+        return "torch", _CPU if array.device.type == "cpu" else str(array.device)
     device, number = array.__dlpack_device__()
-    return library, int(device), int(number)
+    place = _PLACES.get(int(device), f"DLPack device type {int(device)}, number {{}}").format(number)
+    return type(array).__module__.partition(".")[0], place
 
 
 def _describe(array: Any) -> str:
     kind = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
-    if not hasattr(array, "__dlpack_device__"):
-        return kind
-    _, device, number = _kind(array)
-    where = "the CPU" if device == _CPU else _GPUS.get(device, f"DLPack device type {device}, number {{}}").format(number)
-    return f"{kind} on {where}"
+    return f"{kind} on {_kind(array)[1]}" if hasattr(array, "__dlpack_device__") else kind
 
 
 def _numpy(array: Any) -> np.ndarray:

@@ -73,7 +73,7 @@ class Axis(NamedTuple):
 
     def edge_gradient(self, of_start: np.ndarray, of_bin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The gradients to (lo, hi) from those to `start` and `bin`."""
-        low, high = (of_start * s + of_bin * b for s, b in zip(self.start_slope, self.bin_slope))
+        low, high = (of_start * s + of_bin * b for s, b in zip(self.start_slope, self.bin_slope, strict=False))
         return low, high
 
 
@@ -81,7 +81,7 @@ class Samples(NamedTuple):
     """All samples of K boxes that lie inside the image on one axis, in the order of (k, p, i)."""
 
     row: np.ndarray  # (S,) int64, k*bins + p
-    index: np.ndarray  # (S,) int64, i
+    number: np.ndarray  # (S,) int64, i
     low: np.ndarray  # (S,) int64, the tap at or below the position
     high: np.ndarray  # (S,) int64, the next tap
     fraction: np.ndarray  # (S,) weight of `high` before averaging; that of `low` is 1 - fraction
@@ -177,10 +177,7 @@ def inside_samples(rule: Rule, axis: Axis, bins: int, size: int) -> Samples:
         within = ((index.astype(real) + real(rule.offset)) * axis.bin[box]) / axis.samples[box].astype(real)
         position = origin[row] + within
         # `>=` and `<=`, so that a position that is NaN is outside.
-        if rule.clamps:
-            inside = (position >= -1) & (position <= size)
-        else:
-            inside = (position >= 0) & (position <= size - 1)
+        inside = (position >= -1) & (position <= size) if rule.clamps else (position >= 0) & (position <= size - 1)
     row, index, position = row[inside], index[inside], position[inside]
     return Samples(row, index, *_taps(rule, position, size))
 
@@ -195,7 +192,9 @@ def _candidates(rule: Rule, axis: Axis, origin: np.ndarray, size: int) -> tuple[
     pitch = step / axis.samples[:, None]
     # Positions are rounded, at each of a few operations, relative to the largest number that takes part.
     rounding = 8 * float(np.finfo(axis.start.dtype).eps)
-    slack = rounding * np.abs(axis.start.astype(np.float64))[:, None] + rounding * np.abs(start) + rounding * np.abs(step)
+    slack = (
+        rounding * np.abs(axis.start.astype(np.float64))[:, None] + rounding * np.abs(start) + rounding * np.abs(step)
+    )
     ends = np.stack([((-1 - slack) - start) / pitch, ((size + slack) - start) / pitch]) - 0.5
     lower = np.clip(np.floor(ends.min(axis=0)), 0, stop)
     upper = np.clip(np.ceil(ends.max(axis=0)) + 1, lower, stop)

@@ -10,7 +10,7 @@ Shapes and dtypes have been checked (validation.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,13 +38,13 @@ def forward(features: np.ndarray, boxes: np.ndarray, batch_indices: np.ndarray, 
     for chunk in _chunks(features, boxes, batch_indices, rule):
         output[chunk.empty] = 0
         for piece in chunk.pieces:
-            source = _Source(layout.view(features[piece.image, piece.channels]), piece)
+            source = _Source(features, layout, piece)
             for box in piece.boxes:
                 window = source.window(box)
                 crop = _resample(window, source.dtype, box, layout.axes, _product)
                 if not _is_finite(crop):
                     crop = _resample(window, source.dtype, box, layout.axes, _exact_product)
-                layout.view(output[box.index, piece.channels])[...] = crop
+                layout.view(output[box.number, piece.channels])[...] = crop
         if rule.extrapolation_value != 0:
             value = np.array(rule.extrapolation_value).astype(output.dtype)
             for index, outside in chunk.outside():
@@ -74,9 +74,9 @@ def feature_gradient(
                 target = layout.view(total[piece.image, piece.channels])[piece.window]
                 part = target if _blas_reads(target) else np.zeros(target.shape, total.dtype)
                 for box in piece.boxes:
-                    grad = layout.view(grad_output[box.index, piece.channels]).astype(total.dtype, copy=False)
+                    grad = layout.view(grad_output[box.number, piece.channels]).astype(total.dtype, copy=False)
                     product = _product if _is_finite(grad) else _exact_product
-                    part[box.window] += _spread(grad, part[box.window].shape, box, layout.axes, product)
+                    _add_spread(part, grad, box, layout, product)
                 if part is not target:
                     target += part
     return total.astype(_output_dtype(features), copy=False)
@@ -94,12 +94,12 @@ def box_gradient(
         layout = _Layout.of(features)
         for chunk in _chunks(features, boxes, batch_indices, rule):
             flats = [np.zeros_like(weights.flat) for weights in chunk.weights]
-            slopes = [weights.blocks(flat) for weights, flat in zip(chunk.weights, flats)]
+            slopes = [weights.blocks(flat) for weights, flat in zip(chunk.weights, flats, strict=False)]
             for piece in chunk.pieces:
-                source = _Source(layout.view(features[piece.image, piece.channels]), piece)
+                source = _Source(features, layout, piece)
                 for box in piece.boxes:
                     window = source.window(box)
-                    grad = layout.view(grad_output[box.index, piece.channels]).astype(source.dtype, copy=False)
+                    grad = layout.view(grad_output[box.number, piece.channels]).astype(source.dtype, copy=False)
                     for axis in (0, 1):
                         _add_weight_gradient(slopes[axis][box.place], axis, grad, window, box, layout.axes)
             for axis in (0, 1):
@@ -107,7 +107,7 @@ def box_gradient(
                 low, high = chunk.axes[axis].edge_gradient(of_start, of_bin)
                 gradient[chunk.boxes, rule.columns[axis]] = low
                 gradient[chunk.boxes, rule.columns[axis + 2]] = high
-    gradient[np.ix_(~geometry.finite_boxes(rule, boxes), rule.columns)] = np.nan
+    gradient[np.ix_(~geometry.finite_boxes(rule, boxes), np.array(rule.columns))] = np.nan
     return gradient.astype(dtype.newbyteorder("="), copy=False)
 
 
@@ -132,7 +132,9 @@ def _compute_dtype(features: np.ndarray | arrays.Like) -> np.dtype:
     return np.dtype(arrays.compute_name(arrays.dtype_name(features)))
 
 
-def _allocate(new: Callable[..., np.ndarray], like: np.ndarray | arrays.Like, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def _allocate(
+    new: Callable[..., np.ndarray], like: np.ndarray | arrays.Like, shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
     """An array of (N or K, C, height, width), channels-last in memory where `like` is."""
     if arrays.is_channels_last(like.shape, like.strides):
         count, channels, height, width = shape
@@ -166,7 +168,7 @@ class _Layout(NamedTuple):
     def view(self, image: np.ndarray) -> np.ndarray:
         return image.transpose(self.order)
 
-    def index(self, pixels: list[Pixels]) -> tuple[Any, ...]:
+    def at(self, pixels: Sequence[Pixels]) -> tuple[Any, ...]:
         """An index of a view, for some rows and columns."""
         y, x = pixels
         if isinstance(y, np.ndarray) and isinstance(x, np.ndarray):
@@ -177,17 +179,19 @@ class _Layout(NamedTuple):
 class _Source:
     """Windows of some channels of one image, as matrix products take them."""
 
-    def __init__(self, view: np.ndarray, piece: _Piece):
+    def __init__(self, features: np.ndarray, layout: _Layout, piece: _Piece):
+        view = layout.view(features[piece.image, piece.channels])
+        self.layout = layout
         self.dtype = _compute_dtype(view)
         self.base = view[piece.window]
         self.ready = view.dtype == self.dtype and _blas_reads(view)
-        if piece.crowded and not self.ready:
+        if piece.crowded and not self.ready and self.base.size * self.dtype.itemsize <= WORKSPACE:
             self.base = np.ascontiguousarray(self.base, self.dtype)
             self.ready = True
 
     def window(self, box: _Box) -> np.ndarray:
         """The pixels of a box; as they are where they would not fit the workspace."""
-        window = self.base[box.window]
+        window = self.base[self.layout.at(box.pixels)]
         if self.ready or window.size * self.dtype.itemsize > WORKSPACE:
             return window
         return np.ascontiguousarray(window, self.dtype)
@@ -199,9 +203,9 @@ class _Source:
 class _Box(NamedTuple):
     """A box at work."""
 
-    index: int  # in the caller's boxes
+    number: int  # in the caller's boxes
     place: int  # in the chunk
-    window: tuple[Any, ...]  # its pixels in the piece's window, as an index
+    pixels: tuple[Pixels, Pixels]  # its rows and columns in the piece's window
     blocks: tuple[list[Block], list[Block]]  # its weights along y and x
 
 
@@ -264,11 +268,16 @@ def _chunk(
         image = int(images[places[0]])
         low = [int(w.first[places].min()) for w in weights]
         high = [int(w.stop[places].max()) for w in weights]
-        window = layout.index([slice(a, b) for a, b in zip(low, high)])
+        window = layout.at([slice(a, b) for a, b in zip(low, high, strict=False)])
         area = (high[0] - low[0]) * (high[1] - low[1])
         members = [
-            _Box(k, place, layout.index([w.pixels(place, origin) for w, origin in zip(weights, low)]), (along_y[place], along_x[place]))
-            for k, place in zip(chosen[places].tolist(), places.tolist())
+            _Box(
+                number,
+                place,
+                (weights[0].pixels(place, low[0]), weights[1].pixels(place, low[1])),
+                (along_y[place], along_x[place]),
+            )
+            for number, place in zip(chosen[places].tolist(), places.tolist(), strict=False)
         ]
         crowded = int((weights[0].counts[places] * weights[1].counts[places]).sum()) >= area
         at_once = max(1, WORKSPACE // (area * _compute_dtype(array).itemsize))
@@ -316,13 +325,18 @@ def _resample_window(
     if window.dtype == dtype and _blas_reads(window):
         return _resample_axis(window, axes[axis], box.blocks[axis], product)
     across = axes[1 - axis]
-    width = window.shape[across]
-    step = max(1, WORKSPACE * width // (window.size * dtype.itemsize))
-    strips = (window[_at(across, slice(start, start + step))] for start in range(0, width, step))
     parts = [
-        _resample_axis(np.ascontiguousarray(strip, dtype), axes[axis], box.blocks[axis], product) for strip in strips
+        _resample_axis(np.ascontiguousarray(window[_at(across, strip)], dtype), axes[axis], box.blocks[axis], product)
+        for strip in _strips(window.shape[across], window.size * dtype.itemsize)
     ]
-    return np.concatenate(parts, across)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, across)
+
+
+def _strips(width: int, nbytes: int) -> Iterator[slice]:
+    """Cuts a width, over which so many bytes lie, into parts that the workspace holds."""
+    step = max(1, WORKSPACE * width // max(nbytes, 1))
+    for start in range(0, width, step):
+        yield slice(start, min(start + step, width))
 
 
 def _order(shape: tuple[int, ...], box: _Box, axes: tuple[int, int]) -> tuple[int, int]:
@@ -346,33 +360,44 @@ def _resample_axis(values: np.ndarray, axis: int, blocks: list[Block], product: 
     return np.concatenate(parts, axis)
 
 
-def _spread(grad: np.ndarray, shape: tuple[int, ...], box: _Box, axes: tuple[int, int], product: Product) -> np.ndarray:
-    """The gradient to a window from that to its crop: Wy^T G Wx."""
-    for axis in reversed(_order(shape, box, axes)):
-        blocks = box.blocks[axis]
-        if len(blocks) == 1:
-            grad = product(grad, axes[axis], blocks[0].matrix.T)
-        else:
-            wider = list(grad.shape)
-            wider[axes[axis]] = shape[axes[axis]]
-            wide = np.zeros(wider, grad.dtype)
-            for block in blocks:
-                wide[_at(axes[axis], block.pixels)] += product(grad[_at(axes[axis], block.bins)], axes[axis], block.matrix.T)
-            grad = wide
-    return grad
+def _add_spread(target: np.ndarray, grad: np.ndarray, box: _Box, layout: _Layout, product: Product) -> None:
+    """Adds the gradient to a box's pixels from that to its crop, Wy^T G Wx; in strips, if it is a large one."""
+    axes = layout.axes
+    shape = [_length(pixels) for pixels in box.pixels]
+    window = list(grad.shape)
+    window[axes[0]], window[axes[1]] = shape
+    second, first = _order(tuple(window), box, axes)
+    lines = _spread_axis(grad, axes[first], shape[first], box.blocks[first], product)
+    pixels = list(box.pixels)
+    for strip in _strips(shape[first], math.prod(window) * grad.itemsize):
+        pixels[first] = _part(box.pixels[first], strip)
+        part = _spread_axis(lines[_at(axes[first], strip)], axes[second], shape[second], box.blocks[second], product)
+        target[layout.at(pixels)] += part
+
+
+def _spread_axis(values: np.ndarray, axis: int, length: int, blocks: list[Block], product: Product) -> np.ndarray:
+    """The transpose of `_resample_axis`."""
+    if len(blocks) == 1:
+        return product(values, axis, blocks[0].matrix.T)
+    shape = list(values.shape)
+    shape[axis] = length
+    total = np.zeros(shape, values.dtype)
+    for block in blocks:
+        total[_at(axis, block.pixels)] += product(values[_at(axis, block.bins)], axis, block.matrix.T)
+    return total
 
 
 def _add_weight_gradient(
     slopes: list[Block], axis: int, grad: np.ndarray, window: np.ndarray, box: _Box, axes: tuple[int, int]
 ) -> None:
-    """Adds the gradient to the weights of a box along `axis`: the crop's, against the window resampled along the other."""
+    """Adds the gradient to a box's weights along `axis`: the crop's, against the window resampled along the other."""
     other = 1 - axis
     for product in (_product, _exact_product):
         lines = _resample_window(window, grad.dtype, other, box, axes, product)
         parts = [_contract(grad[_at(axes[axis], s.bins)], lines[_at(axes[axis], s.pixels)], axes[axis]) for s in slopes]
         if all(_is_finite(part) for part in parts):
             break
-    for slope, part in zip(slopes, parts):
+    for slope, part in zip(slopes, parts, strict=False):
         slope.matrix[...] += part
 
 
@@ -382,6 +407,16 @@ def _contract(left: np.ndarray, right: np.ndarray, axis: int) -> np.ndarray:
     left = left.reshape(lead, left.shape[axis], trail)
     right = right.reshape(lead, right.shape[axis], trail)
     return (left @ right.transpose(0, 2, 1)).sum(axis=0)
+
+
+def _length(pixels: Pixels) -> int:
+    return pixels.stop - pixels.start if isinstance(pixels, slice) else len(pixels)
+
+
+def _part(pixels: Pixels, strip: slice) -> Pixels:
+    if isinstance(pixels, slice):
+        return slice(pixels.start + strip.start, pixels.start + strip.stop)
+    return pixels[strip]
 
 
 def _at(axis: int, part: slice) -> tuple[slice, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,7 @@ BLOCK = 16
 DENSE = 0.75
 """Share of the pixels between a box's first and last from which on all of them are taken, as one slice."""
 
-Pixels = Union[slice, np.ndarray]
+Pixels = slice | np.ndarray
 
 
 class Block(NamedTuple):
@@ -37,7 +37,7 @@ class AxisWeights:
         self.samples = samples = geometry.inside_samples(rule, axis, bins, size)
         self.box, self.bin = np.divmod(samples.row, bins)
         self.share = 1.0 / axis.samples[self.box]  # (S,) the part that a sample has in its bin
-        self.lever = self.bin + (samples.index + rule.offset) * self.share  # (S,) d position / d bin
+        self.lever = self.bin + (samples.number + rule.offset) * self.share  # (S,) d position / d bin
 
         # The pixels of each box, and each tap's place among them.
         self.first, self.stop = _span(self.box, samples.low, samples.high, count)
@@ -106,9 +106,9 @@ class AxisWeights:
         return [
             [
                 Block(bins, slice(a, b), flat[c:d].reshape(bins.stop - bins.start, b - a))
-                for bins, a, b, c, d in zip(self._bins, *spans)
+                for bins, a, b, c, d in zip(self._bins, *spans, strict=False)
             ]
-            for spans in zip(*self._spans)
+            for spans in zip(*self._spans, strict=False)
         ]
 
 

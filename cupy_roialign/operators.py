@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -245,7 +246,7 @@ def _roi_align(
         columns, batch_indices = _BATCH_X1_Y1_X2_Y2, boxes[:, 0]
     elif batch_indices is None:
         raise ValueError(
-            f"boxes of shape {tuple(boxes.shape)} need batch_indices, a (K,) integer array of the image of each box; or "
+            f"boxes of shape {tuple(boxes.shape)} need batch_indices, a (K,) integer array, the image of each box; or "
             f"pass (K, 5) boxes with the batch index first, or a list with one (L_i, 4) array for each image"
         )
     else:
@@ -261,9 +262,7 @@ def _roi_align(
     return home, dispatch.Request(features, boxes, batch_indices, rule)
 
 
-def vjp(
-    operator: Callable[..., Any], /, *args: Any, **kwargs: Any
-) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
+def vjp(operator: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
     """The output of an operator, and the function that pulls a gradient back through it.
 
     Args:
@@ -302,7 +301,7 @@ def vjp(
             ends = [0]
             for part in boxes:
                 ends.append(ends[-1] + len(part))
-            grad_boxes = [grad_boxes[a:b] for a, b in zip(ends, ends[1:])]
+            grad_boxes = [grad_boxes[a:b] for a, b in itertools.pairwise(ends)]
         return grad_features, grad_boxes
 
     return output, pullback

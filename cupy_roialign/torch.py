@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 from torch.autograd.function import once_differentiable
 
 from cupy_roialign import arrays, numpy_backend, operators
@@ -140,7 +141,8 @@ class TensorHome:
 
     def forward(self, request: Request) -> torch.Tensor:
         features, boxes, batch_indices, rule = request
-        return _RoI.apply(features, boxes, batch_indices.detach(), rule)
+        output: torch.Tensor = _RoI.apply(features, boxes, batch_indices.detach(), rule)  # type: ignore[no-untyped-call]
+        return output
 
     def vjp(self, request: Request) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[Any, Any]]]:
         features, boxes, batch_indices, rule = request
@@ -213,4 +215,4 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
-    return torch.from_dlpack(array).to(getattr(torch, dtype))
+    return torch.utils.dlpack.from_dlpack(array).to(getattr(torch, dtype))

@@ -47,7 +47,9 @@ def boxes(name: str, value: Any, columns: tuple[int, ...] = (4,)) -> None:
         raise ValueError(f"{name} must have shape {wanted}; got {_shape(value)}{hint}")
     dtype = arrays.dtype_name(value)
     if dtype not in arrays.FLOATS:
-        raise TypeError(f"{name} must be float32 or float64 (or a 16-bit float); got dtype {dtype}; convert it to float32")
+        raise TypeError(
+            f"{name} must be float32 or float64 (or a 16-bit float); got dtype {dtype}; convert it to float32"
+        )
 
 
 def batch_indices(name: str, value: Any, boxes_name: str, count: int) -> None:
@@ -83,9 +85,11 @@ def size(name: str, value: Any) -> tuple[int, int]:
     """An int or a pair of ints, at least 1: (height, width)."""
     pair = (value, value)
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "shape", None) != ():
-        pair = tuple(value)  # type: ignore[assignment]
+        pair = tuple(value)
         if len(pair) != 2:
-            raise ValueError(f"{name} must be an int or a pair (height, width); got {value!r}, which has {len(pair)} entries")
+            raise ValueError(
+                f"{name} must be an int or a pair (height, width); got {value!r}, which has {len(pair)} entries"
+            )
     height, width = (integer(name, entry, "an int or a pair of ints (height, width)") for entry in pair)
     if height < 1 or width < 1:
         raise ValueError(f"{name} must be at least 1 in height and width; got {value!r}")

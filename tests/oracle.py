@@ -23,7 +23,7 @@ def positions(op, low, high, size, bins, real, sampling_ratio=1, spatial_scale=1
         if widened:
             extent = one
         step = extent / real(bins)
-        count = sampling_ratio if sampling_ratio > 0 else max(int(math.ceil(step)), 0)
+        count = sampling_ratio if sampling_ratio > 0 else max(math.ceil(step), 0)
         slope = 0.0 if widened else float(scale)
         for p in range(bins):
             row = []

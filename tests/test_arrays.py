@@ -89,7 +89,9 @@ def test_integers_and_booleans_give_float32(dtype, channels, backend):
     features = np.random.default_rng(3).integers(0, 2 if dtype == np.bool_ else 100, (2, channels, 8, 11)).astype(dtype)
     output = backend(cr.roi_crop, features, PIXEL_BOXES, INDICES, 3)
     assert output.dtype == np.float32
-    tolerance.assert_close(output, cr.roi_crop(features.astype(np.float64), PIXEL_BOXES, INDICES, 3), tolerance.OUTPUT["float32"])
+    tolerance.assert_close(
+        output, cr.roi_crop(features.astype(np.float64), PIXEL_BOXES, INDICES, 3), tolerance.OUTPUT["float32"]
+    )
 
 
 def test_the_gradient_to_integer_features_is_float32():
@@ -110,7 +112,9 @@ def test_positions_are_computed_in_the_wider_precision():
     low = np.nextafter(np.float32(0.1), np.float32(0))  # 3 * low is 0.3 in float32, a little less in float64
     box = np.array([[0.0, low * 10, 0.0, low * 10]], np.float32)
     wide = cr.roi_align(features.astype(np.float64), box, 1, batch_indices=one)
-    np.testing.assert_array_equal(wide, cr.roi_align(features.astype(np.float64), box.astype(np.float64), 1, batch_indices=one))
+    np.testing.assert_array_equal(
+        wide, cr.roi_align(features.astype(np.float64), box.astype(np.float64), 1, batch_indices=one)
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, ">f2", ">f4", ">f8"])
@@ -122,7 +126,9 @@ def test_boxes_of_other_dtypes(dtype):
     assert pullback(np.ones_like(output))[1].dtype == np.dtype(dtype).newbyteorder("=")
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, ">i4"])
+@pytest.mark.parametrize(
+    "dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, ">i4"]
+)
 def test_indices_of_any_integer_dtype(dtype):
     expected = cr.roi_crop(values(), PIXEL_BOXES, INDICES, 3)
     np.testing.assert_array_equal(cr.roi_crop(values(), PIXEL_BOXES, INDICES.astype(dtype), 3), expected)

@@ -68,7 +68,11 @@ def test_no_sample_inside_is_passed_over(real):
     rng = np.random.default_rng(0)
     low = rng.uniform(-3000, 50, 400)
     edges = np.stack([low, low + np.exp(rng.uniform(0, 9, 400))], axis=1)
-    for options in ({"sampling_ratio": 0}, {"sampling_ratio": 0, "aligned": True}, {"sampling_ratio": 40, "aligned": True}):
+    for options in (
+        {"sampling_ratio": 0},
+        {"sampling_ratio": 0, "aligned": True},
+        {"sampling_ratio": 40, "aligned": True},
+    ):
         rule, axis = along_x(edges, Dialect.ROI_ALIGN, real, **options)
         quick = geometry.inside_samples(rule, axis, BINS, SIZE)
         with pytest.MonkeyPatch.context() as patch:
@@ -135,7 +139,7 @@ def test_memory(name, boxes, monkeypatch):
             corners[:, 2:] = corners[:, :2] + 3
     corners = corners.astype(np.float32)
     indices = np.zeros(count, np.int64)
-    output, pullback = cr.vjp(cr.roi_align, features, corners, 3, sampling_ratio=0, batch_indices=indices)
+    output, _pullback = cr.vjp(cr.roi_align, features, corners, 3, sampling_ratio=0, batch_indices=indices)
     grad = np.ones_like(output)
     bound = 2 * features.nbytes + 2 * MIB
     assert peak(lambda: cr.roi_align(features, corners, 3, sampling_ratio=0, batch_indices=indices)) <= bound

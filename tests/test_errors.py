@@ -150,7 +150,7 @@ def test_batch_index_out_of_range(index, backend):
 def test_batch_index_in_a_column(index, backend):
     rows = ROWS.copy()
     rows[1, 0] = index
-    with pytest.raises(IndexError, match="box 1 is .*whole number in"):
+    with pytest.raises(IndexError, match=r"box 1 is .*whole number in"):
         backend(cr.roi_align, FEATURES, rows, 2)
 
 
@@ -284,7 +284,9 @@ def test_huge_and_tiny_boxes(call, real, backend):
     first = arguments.pop("image" if operator is cr.crop_and_resize else "features")
     for options in ({}, {"sampling_ratio": 2}, {"aligned": True}) if operator is cr.roi_align else ({},):
         cotangent = np.ones((len(HUGE), 3, 2, 3), np.float32)
-        output, grad_features, grad_boxes = backend.vjp(operator, first, boxes, **arguments, **options, cotangent=cotangent)
+        output, grad_features, grad_boxes = backend.vjp(
+            operator, first, boxes, **arguments, **options, cotangent=cotangent
+        )
         assert np.isfinite(output).all()
         assert np.isfinite(grad_features).all()
         assert np.isfinite(grad_boxes).all()
@@ -319,7 +321,9 @@ def test_a_bad_pixel_reaches_only_the_bins_that_touch_it(channels, value, backen
     features = rng.uniform(-1, 1, (1, channels, 20, 20)).astype(np.float32)
     boxes, indices = np.array([[1.3, 1.2, 18.4, 17.7], [2, 2, 9, 9]], np.float32), np.array([0, 0])
     clean, _, _ = backend.vjp(cr.roi_crop, features, boxes, indices, (5, 30))
-    touched, _, _ = backend.vjp(cr.roi_crop, (np.arange(400).reshape(1, 1, 20, 20) == 7 * 20 + 5).astype(np.float32), boxes, indices, (5, 30))
+    touched, _, _ = backend.vjp(
+        cr.roi_crop, (np.arange(400).reshape(1, 1, 20, 20) == 7 * 20 + 5).astype(np.float32), boxes, indices, (5, 30)
+    )
     features[0, 1, 7, 5] = value
     output, _, _ = backend.vjp(cr.roi_crop, features, boxes, indices, (5, 30))
     expected = clean.copy()

@@ -6,7 +6,14 @@ import pytest
 import cupy_roialign as cr
 
 # no sample sits on a pixel, an edge, or where the number of samples changes
-PIXEL_BOXES = np.array([[1.313, 0.717, 8.251, 6.179], [-1.437, 2.263, 4.391, 9.877], [9.171, 5.759, 2.683, 0.439], [3.371, 3.443, 3.397, 3.967]])
+PIXEL_BOXES = np.array(
+    [
+        [1.313, 0.717, 8.251, 6.179],
+        [-1.437, 2.263, 4.391, 9.877],
+        [9.171, 5.759, 2.683, 0.439],
+        [3.371, 3.443, 3.397, 3.967],
+    ]
+)
 INDICES = np.array([0, 1, 1, 0])
 SHAPE = (2, 3, 8, 11)
 
@@ -42,7 +49,9 @@ def test_feature_gradient_is_the_adjoint(name, features, backend):
     operator, boxes, args, kwargs = CALLS[name]
     cotangent = np.random.default_rng(8).uniform(-1, 1, backend(operator, features, boxes, *args, **kwargs).shape)
     output, gradient, _ = backend.vjp(operator, features, boxes, *args, **kwargs, cotangent=cotangent)
-    outside = backend(operator, np.zeros_like(features), boxes, *args, **kwargs)  # what is added there is no function of them
+    outside = backend(
+        operator, np.zeros_like(features), boxes, *args, **kwargs
+    )  # what is added there is no function of them
     left, right = np.vdot(output - outside, cotangent), np.vdot(features, gradient)
     assert abs(left - right) <= 1e-13 * np.abs(cotangent).sum()
 
@@ -59,7 +68,9 @@ def test_box_gradient_against_finite_differences(name, features, backend):
         ahead, behind = boxes.copy(), boxes.copy()
         ahead[k, c] += step
         behind[k, c] -= step
-        change = backend(operator, features, ahead, *args, **kwargs) - backend(operator, features, behind, *args, **kwargs)
+        change = backend(operator, features, ahead, *args, **kwargs) - backend(
+            operator, features, behind, *args, **kwargs
+        )
         numeric[k, c] = np.vdot(change, cotangent) / (2 * step)
     if name == "nearest":
         np.testing.assert_array_equal(gradient, 0)
@@ -78,7 +89,7 @@ KINKS = [(1.0, 10), (2.0, 100), (0.5, 1), (2.5, 100)]
 
 
 def slope_at(operator, y):
-    """d value / d y of a single sample at row y, pulling on both edges of a box of no height."""
+    """D value / d y of a single sample at row y, pulling on both edges of a box of no height."""
     features = ramp([1, 10, 100])
     if operator == "roi_align":
         box = np.array([[0.5, y + 0.5, 1.5, y + 0.5]])

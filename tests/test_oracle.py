@@ -101,7 +101,13 @@ def arguments(call):
         return cr.roi_align, features, args, {**options, "batch_indices": call["batch_indices"]}
     value = options["extrapolation_value"]
     if call["operator"] == "crop_and_resize":
-        args = (call["boxes"], call["batch_indices"], call["bins"], "nearest" if "nearest" in options else "bilinear", value)
+        args = (
+            call["boxes"],
+            call["batch_indices"],
+            call["bins"],
+            "nearest" if "nearest" in options else "bilinear",
+            value,
+        )
         return cr.crop_and_resize, features, args, {}
     args = (call["boxes"][:, [1, 0, 3, 2]], call["batch_indices"], call["bins"], value)
     return cr.roi_crop, features, args, {"transform_fpcoor": call["operator"] == "roi_crop_centers"}
@@ -131,7 +137,14 @@ def test_agrees(call, backend):
     if backend.name == "torch":  # autograd rounds the cotangent to the output's dtype
         cotangent = cotangent.astype(output_dtype)
     expected, expected_features, expected_boxes = oracle.run(
-        call["operator"], features, call["boxes"], call["batch_indices"], call["bins"], cotangent, real, **call["options"]
+        call["operator"],
+        features,
+        call["boxes"],
+        call["batch_indices"],
+        call["bins"],
+        cotangent,
+        real,
+        **call["options"],
     )
     magnitude = max(1.0, float(np.abs(np.asarray(features, np.float64)).max()))
     assert output.dtype.name == output_dtype

@@ -1,0 +1,252 @@
+"""The PyTorch side: names and signatures of RoIAlign.pytorch and torchvision, autograd, no needless copy or work."""
+
+import copy
+import inspect
+import pickle
+
+import numpy as np
+import pytest
+
+import cupy_roialign as cr
+from cupy_roialign import numpy_backend
+from tests import tolerance
+from tests.test_gradients import CALLS
+
+torch = pytest.importorskip("torch")
+crt = pytest.importorskip("cupy_roialign.torch")
+
+BOXES = torch.tensor([[1.31, 0.72, 8.25, 6.18], [2.2, 1.6, 4.4, 5.9]])
+INDICES = torch.tensor([0, 1], dtype=torch.int32)
+
+
+def features(channels=3, dtype=torch.float32):
+    return torch.rand(2, channels, 8, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def test_signatures_of_the_seed():
+    """What callers of RoIAlign.pytorch write, by position and by name."""
+    assert list(inspect.signature(crt.RoIAlign).parameters) == [
+        "crop_height", "crop_width", "extrapolation_value", "transform_fpcoor",
+    ]  # fmt: skip
+    assert list(inspect.signature(crt.CropAndResize).parameters) == ["crop_height", "crop_width", "extrapolation_value"]
+    assert list(inspect.signature(crt.RoIAlign.forward).parameters)[1:] == ["featuremap", "boxes", "box_ind"]
+    assert list(inspect.signature(crt.CropAndResize.forward).parameters)[1:] == ["image", "boxes", "box_ind"]
+    assert list(inspect.signature(crt.CropAndResizeFunction.apply).parameters) == [
+        "image", "boxes", "box_ind", "crop_height", "crop_width", "extrapolation_value",
+    ]  # fmt: skip
+
+
+def test_signature_of_torchvision():
+    parameters = inspect.signature(crt.roi_align).parameters
+    assert [(name, p.default) for name, p in parameters.items()] == [
+        ("input", inspect.Parameter.empty),
+        ("boxes", inspect.Parameter.empty),
+        ("output_size", inspect.Parameter.empty),
+        ("spatial_scale", 1.0),
+        ("sampling_ratio", -1),
+        ("aligned", False),
+    ]
+
+
+@pytest.mark.parametrize("transform_fpcoor", [True, False])
+def test_modules_are_the_functions(transform_fpcoor):
+    module = crt.RoIAlign(3, 4, 2.5, transform_fpcoor)
+    expected = cr.roi_crop(features(), BOXES, INDICES, (3, 4), 2.5, transform_fpcoor)
+    torch.testing.assert_close(module(features(), BOXES, INDICES), expected, rtol=0, atol=0)
+    normalised = BOXES[:, [1, 0, 3, 2]] / 10
+    expected = cr.crop_and_resize(features(), normalised, INDICES, (3, 4), extrapolation_value=2.5)
+    torch.testing.assert_close(crt.CropAndResize(3, 4, 2.5)(features(), normalised, INDICES), expected, rtol=0, atol=0)
+    for made in (
+        crt.CropAndResizeFunction.apply(features(), normalised, INDICES, 3, 4, 2.5),
+        crt.CropAndResizeFunction(3, 4, 2.5)(features(), normalised, INDICES),
+    ):
+        torch.testing.assert_close(made, expected, rtol=0, atol=0)
+
+
+def test_tensors_and_arrays_give_the_same_bits():
+    arrays = (features().numpy(), BOXES.numpy(), INDICES.numpy())
+    np.testing.assert_array_equal(cr.roi_crop(features(), BOXES, INDICES, 3).numpy(), cr.roi_crop(*arrays, 3))
+
+
+def test_vjp_of_tensors():
+    output, pullback = cr.vjp(cr.roi_crop, features(), BOXES, INDICES, 3)
+    grads = pullback(torch.ones_like(output))
+    expected, expected_pullback = cr.vjp(cr.roi_crop, features().numpy(), BOXES.numpy(), INDICES.numpy(), 3)
+    for a, b in zip(grads, expected_pullback(np.ones_like(expected)), strict=True):
+        assert isinstance(a, torch.Tensor)
+        np.testing.assert_array_equal(a.numpy(), b)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_gradcheck(name):
+    operator, boxes, args, kwargs = CALLS[name]
+    convert = lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value  # noqa: E731
+    args, kwargs = [convert(a) for a in args], {k: convert(v) for k, v in kwargs.items()}
+    inputs = (features(2, torch.float64).requires_grad_(), torch.from_numpy(boxes).clone().requires_grad_())
+    assert torch.autograd.gradcheck(lambda f, b: operator(f, b, *args, **kwargs), inputs, fast_mode="large" in name)
+
+
+def test_gradcheck_of_boxes_with_their_batch_index():
+    rows = torch.cat([INDICES[:, None].double(), BOXES.double()], 1).requires_grad_()
+    inputs = (features(2, torch.float64).requires_grad_(), rows)
+    assert torch.autograd.gradcheck(lambda f, b: crt.roi_align(f, b, 3, 0.9, 2, True), inputs)
+
+
+def test_gradcheck_of_a_list_of_boxes():
+    parts = [BOXES[:1].double().requires_grad_(), BOXES[1:].double().requires_grad_()]
+    assert torch.autograd.gradcheck(lambda a, b: crt.roi_align(features(2, torch.float64), [a, b], 3, 0.9, 2), parts)
+
+
+def test_memory_is_shared_and_not_copied(monkeypatch):
+    seen = {}
+    original = numpy_backend.forward
+
+    def spy(array, *rest):
+        seen["features"] = array.__array_interface__["data"][0]
+        seen["output"] = original(array, *rest)
+        return seen["output"]
+
+    monkeypatch.setattr(numpy_backend, "forward", spy)
+    for tensor in (features(), features().contiguous(memory_format=torch.channels_last), features()[:, :2]):
+        output = cr.roi_crop(tensor.requires_grad_(), BOXES, INDICES, 3)
+        assert seen["features"] == tensor.data_ptr()
+        assert seen["output"].__array_interface__["data"][0] == output.data_ptr()
+
+
+def test_channels_last_stays():
+    tensor = features(20).contiguous(memory_format=torch.channels_last).requires_grad_()
+    output = cr.roi_crop(tensor, BOXES, INDICES, 3)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+    output.sum().backward()
+    assert tensor.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
+def test_only_the_gradients_that_are_wanted_are_computed(wanted, monkeypatch):
+    calls = []
+    for name in ("feature_gradient", "box_gradient"):
+        original = getattr(numpy_backend, name)
+        monkeypatch.setattr(
+            numpy_backend, name, lambda *args, _name=name, _original=original: calls.append(_name) or _original(*args)
+        )
+    tensor, boxes = features().requires_grad_(wanted[0]), BOXES.clone().requires_grad_(wanted[1])
+    output = cr.roi_crop(tensor, boxes, INDICES, 3)
+    assert output.requires_grad == any(wanted)
+    if any(wanted):
+        saved = [t for t in output.grad_fn.saved_tensors if t is not None and t.shape == tensor.shape]
+        assert len(saved) == int(wanted[1])  # features are kept for the gradient to the boxes only
+        output.sum().backward()
+    assert calls == [n for n, w in zip(["feature_gradient", "box_gradient"], wanted, strict=True) if w]
+
+
+def test_no_graph_without_grad():
+    tensor = features().requires_grad_()
+    with torch.no_grad():
+        assert cr.roi_crop(tensor, BOXES, INDICES, 3).grad_fn is None
+    with torch.inference_mode():
+        assert cr.roi_crop(tensor, BOXES, INDICES, 3).is_inference()
+
+
+def test_double_backward_raises_and_does_not_lie():
+    tensor = features().requires_grad_()
+    (gradient,) = torch.autograd.grad(cr.roi_crop(tensor, BOXES, INDICES, 3).square().sum(), tensor, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("channels", [3, 20])
+def test_dtypes(dtype, channels):
+    tensor = features(channels, dtype).requires_grad_()
+    boxes = BOXES.clone().requires_grad_()
+    output = cr.roi_crop(tensor, boxes, INDICES, 3)
+    output.float().sum().backward()
+    assert output.dtype == tensor.grad.dtype == dtype
+    assert boxes.grad.dtype == torch.float32
+    wide = tensor.detach().double().requires_grad_()
+    exact = cr.roi_crop(wide, BOXES.double(), INDICES, 3)
+    exact.sum().backward()
+    name = str(dtype).removeprefix("torch.")
+    tolerance.assert_close(output.detach().double(), exact.detach(), max(tolerance.OUTPUT[name], 1e-6))
+    tolerance.assert_close(tensor.grad.double(), wide.grad, max(tolerance.GRADIENT[name], 1e-5))
+
+
+def test_boxes_in_bfloat16():
+    boxes = BOXES.bfloat16().requires_grad_()
+    output = cr.roi_crop(features(), boxes, INDICES, 3)
+    torch.testing.assert_close(output, cr.roi_crop(features(), boxes.detach().float(), INDICES, 3), rtol=0, atol=0)
+    output.sum().backward()
+    assert boxes.grad.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="boxes of dtype bfloat16 cannot hold a batch index above 256"):
+        crt.roi_align(torch.ones(258, 1, 2, 2), torch.zeros(1, 5, dtype=torch.bfloat16), 1)
+
+
+def test_expanded_negated_and_transposed_tensors():
+    expected = cr.roi_crop(features(1).expand(2, 5, 8, 11).contiguous(), BOXES, INDICES, 3)
+    torch.testing.assert_close(cr.roi_crop(features(1).expand(2, 5, 8, 11), BOXES, INDICES, 3), expected)
+    lazily_negated = torch.complex(torch.zeros(2, 1, 8, 11), -features(1)).conj().imag
+    assert lazily_negated.is_neg()
+    torch.testing.assert_close(cr.roi_crop(lazily_negated, BOXES, INDICES, 3), expected[:, :1])
+    turned = features().transpose(2, 3).contiguous().transpose(2, 3)
+    torch.testing.assert_close(cr.roi_crop(turned, BOXES, INDICES, 3), cr.roi_crop(features(), BOXES, INDICES, 3))
+
+
+def test_parameters_and_non_leaf_views():
+    parameter = torch.nn.Parameter(features())
+    (cr.roi_crop(parameter * 2, BOXES, INDICES, 3)[:, 1:]).sum().backward()
+    assert parameter.grad[:, 0].abs().max() == 0
+    assert parameter.grad[:, 1:].sum() == pytest.approx(2 * 2 * 2 * 9)
+
+
+def test_devices():
+    with pytest.raises(TypeError, match=r"features and boxes .*torch.Tensor on the CPU and torch.Tensor on meta"):
+        cr.roi_crop(features(), BOXES.to("meta"), INDICES, 3)
+    with pytest.raises(TypeError, match=r"features must be in the CPU's memory; got torch\.Tensor on meta"):
+        cr.roi_crop(features().to("meta"), BOXES.to("meta"), INDICES.to("meta"), 3)
+
+
+@pytest.mark.parametrize("module", [crt.RoIAlign(7, 5, 0.5, False), crt.CropAndResize(7, 5, 0.5)])
+def test_modules_copy_pickle_and_print(module):
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert vars(other).keys() == vars(module).keys()
+        assert (other.crop_height, other.crop_width, other.extrapolation_value) == (7, 5, 0.5)
+    assert "crop_height=7, crop_width=5, extrapolation_value=0.5" in repr(module)
+    assert module.state_dict() == {}
+
+
+def test_a_program_written_for_the_seed():
+    """After the README of RoIAlign.pytorch, with another import: crops of an image, then training through them."""
+    from cupy_roialign.torch import CropAndResize, RoIAlign
+
+    torch.manual_seed(0)
+    image = torch.rand(2, 3, 30, 40)
+    boxes = torch.tensor([[4.0, 5.0, 30.0, 25.0], [0.0, 0.0, 39.0, 29.0], [10.0, 2.0, 20.0, 12.0]])
+    box_index = torch.tensor([0, 1, 1], dtype=torch.int32)
+    crops = RoIAlign(7, 7)(image, boxes, box_index)
+    assert crops.shape == (3, 3, 7, 7)
+    heights_and_widths = torch.tensor([29.0, 39.0, 29.0, 39.0])
+    crops_tf = CropAndResize(7, 7, 0)(image, boxes[:, [1, 0, 3, 2]] / heights_and_widths, box_index)
+    torch.testing.assert_close(crops_tf, RoIAlign(7, 7, transform_fpcoor=False)(image, boxes, box_index))
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = torch.nn.Conv2d(3, 8, 3, padding=1)
+            self.roi_align = RoIAlign(7, 7)
+            self.linear = torch.nn.Linear(8 * 7 * 7, 1)
+
+        def forward(self, image, boxes, box_index):
+            regions = self.roi_align(torch.relu(self.convolution(image)), boxes, box_index)
+            return self.linear(regions.flatten(1))[:, 0]
+
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    target, losses = torch.tensor([1.0, -1.0, 0.5]), []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (net(image, boxes, box_index) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+    assert all(p.grad.abs().max() > 0 for p in net.parameters())
