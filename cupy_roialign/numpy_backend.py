@@ -404,6 +404,8 @@ def _add_weight_gradient(
 def _contract(left: np.ndarray, right: np.ndarray, axis: int) -> np.ndarray:
     """The sum of left * right over all axes but `axis`, of which all pairs are taken: (m, n)."""
     lead, trail = math.prod(left.shape[:axis]), math.prod(left.shape[axis + 1 :])
+    if trail == 1:
+        return left.reshape(lead, left.shape[axis]).T @ right.reshape(lead, right.shape[axis])
     left = left.reshape(lead, left.shape[axis], trail)
     right = right.reshape(lead, right.shape[axis], trail)
     return (left @ right.transpose(0, 2, 1)).sum(axis=0)
