@@ -36,32 +36,35 @@ class Home(Protocol):
         """The crops, and the function from the gradient to them to those to the features and the boxes."""
 
 
-class NumpyHome:
-    """NumPy arrays, and those of any library that `give` makes from a NumPy array in the CPU's memory."""
+class ArrayHome:
+    """A backend, and how arrays of the caller's kind become the backend's and results the caller's."""
 
-    def __init__(self, give: Callable[[np.ndarray], Any] | None = None):
-        self._give = give or (lambda array: array)
+    def __init__(self, backend: Any, take: Callable[[Any], Any], give: Callable[[Any], Any]):
+        self._backend, self._take, self._give = backend, take, give
+
+    def _taken(self, request: Request) -> tuple[Any, Any, Any, Rule]:
+        return self._take(request.features), self._take(request.boxes), self._take(request.batch_indices), request.rule
 
     def join(self, boxes: list[Any], like: Any) -> tuple[Any, Any]:
-        parts = [_numpy(part) for part in boxes] or [np.zeros((0, 4), np.float32)]
-        return np.concatenate(parts), np.repeat(np.arange(len(boxes)), [len(part) for part in boxes])
+        joined, indices = self._backend.join([self._take(part) for part in boxes], self._take(like))
+        return self._give(joined), self._give(indices)
 
     def forward(self, request: Request) -> Any:
-        from cupy_roialign import numpy_backend
-
-        return self._give(numpy_backend.forward(*_numpy_request(request)))
+        return self._give(self._backend.forward(*self._taken(request)))
 
     def vjp(self, request: Request) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
-        from cupy_roialign import numpy_backend
-
-        taken = _numpy_request(request)
+        taken = self._taken(request)
 
         def pullback(grad_output: Any) -> tuple[Any, Any]:
-            grad = _numpy(grad_output)
-            features, boxes = numpy_backend.feature_gradient(grad, *taken), numpy_backend.box_gradient(grad, *taken)
-            return self._give(features), self._give(boxes)
+            grad = self._take(grad_output)
+            to_features = self._backend.feature_gradient(grad, *taken)
+            return self._give(to_features), self._give(self._backend.box_gradient(grad, *taken))
 
-        return self._give(numpy_backend.forward(*taken)), pullback
+        return self._give(self._backend.forward(*taken)), pullback
+
+
+def _same(array: Any) -> Any:
+    return array
 
 
 def home(**named: Any) -> Home:
@@ -79,21 +82,27 @@ def home(**named: Any) -> Home:
                 f"{_describe(array)}; convert or move one of them"
             )
     library, place = _kind(first)
+    if library == "cupy":
+        from cupy_roialign import cupy_backend
+
+        return ArrayHome(cupy_backend, _same, _same)
     if place != _CPU:
-        raise TypeError(f"{name} must be in the CPU's memory; got {_describe(first)}; copy it there first")
+        raise TypeError(f"{name} must be in the CPU's memory, or a CuPy array; got {_describe(first)}; copy it there first")
     if library == "torch":
         from cupy_roialign import torch
 
         return torch.TensorHome()
+    from cupy_roialign import numpy_backend
+
     if library == "numpy":
-        return NumpyHome()
+        return ArrayHome(numpy_backend, np.asarray, _same)
     namespace = getattr(first, "__array_namespace__", None)
     if namespace is None:
         raise TypeError(
             f"{name} is a {_describe(first)}, a library that does not tell how to make an array of it from a result; "
             f"pass numpy.from_dlpack({name}) and convert the result"
         )
-    return NumpyHome(namespace().from_dlpack)
+    return ArrayHome(numpy_backend, np.from_dlpack, namespace().from_dlpack)
 
 
 def _kind(array: Any) -> tuple[str, str]:
@@ -111,11 +120,3 @@ def _kind(array: Any) -> tuple[str, str]:
 def _describe(array: Any) -> str:
     kind = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
     return f"{kind} on {_kind(array)[1]}" if hasattr(array, "__dlpack_device__") else kind
-
-
-def _numpy(array: Any) -> np.ndarray:
-    return np.asarray(array) if isinstance(array, np.ndarray) else np.from_dlpack(array)
-
-
-def _numpy_request(request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray, Rule]:
-    return _numpy(request.features), _numpy(request.boxes), _numpy(request.batch_indices), request.rule

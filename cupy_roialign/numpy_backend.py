@@ -27,6 +27,12 @@ FEW_CHANNELS = 16
 Product = Callable[[np.ndarray, int, np.ndarray], np.ndarray]
 
 
+def join(boxes: list[np.ndarray], like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of (L_i, 4) boxes, one for each image, as (K, 4) boxes and (K,) batch indices, beside `like`."""
+    indices = np.repeat(np.arange(len(boxes)), [len(part) for part in boxes])
+    return np.concatenate(boxes) if boxes else np.zeros((0, 4), np.float32), indices
+
+
 @np.errstate(all="ignore")
 def forward(features: np.ndarray, boxes: np.ndarray, batch_indices: np.ndarray, rule: geometry.Rule) -> np.ndarray:
     """(K, C, bins_y, bins_x) crops, in the memory order of `features`; NaN for a box that is not finite."""

@@ -69,9 +69,62 @@ class TorchBackend:
         return operator(*args, **kwargs).numpy()
 
 
-BACKENDS = {"numpy": NumpyBackend, "torch": TorchBackend}
+class EmulatedBackend:
+    """CuPy's backend on the emulated device: the launch code and the kernels as they are."""
+
+    name = "emulated"
+
+    def __init__(self, cupy):
+        self.cupy = cupy
+
+    def tensor(self, array):
+        """On the device, with the same strides; in the machine's byte order and aligned, as all is there."""
+        if not array.dtype.isnative or not array.flags.aligned:
+            array = np.array(array, array.dtype.newbyteorder("="))
+        if not array.size:
+            return self.cupy.asarray(array)
+        before = -sum((n - 1) * step for n, step in zip(array.shape, array.strides, strict=True) if step < 0)
+        after = sum((n - 1) * step for n, step in zip(array.shape, array.strides, strict=True) if step > 0)
+        memory = self.cupy.empty(before + after + array.itemsize, np.uint8)._array
+        view = np.ndarray(array.shape, array.dtype, memory, before, array.strides)
+        view[...] = array
+        return self.cupy.ndarray(view)
+
+    def convert(self, value):
+        if isinstance(value, list) and value and isinstance(value[0], np.ndarray):
+            return [self.tensor(part) for part in value]
+        return self.tensor(value) if isinstance(value, np.ndarray) else value
+
+    def vjp(self, operator, features, boxes, *args, cotangent=None, **kwargs):
+        args, kwargs = [self.convert(a) for a in args], {k: self.convert(v) for k, v in kwargs.items()}
+        output, pullback = cr.vjp(operator, self.convert(features), self.convert(boxes), *args, **kwargs)
+        if cotangent is None:
+            return output.get(), None, None
+        grad_features, grad_boxes = pullback(self.tensor(cotangent))
+        grad_boxes = [part.get() for part in grad_boxes] if isinstance(grad_boxes, list) else grad_boxes.get()
+        return output.get(), grad_features.get(), grad_boxes
+
+    def __call__(self, operator, *args, **kwargs):
+        args, kwargs = [self.convert(a) for a in args], {k: self.convert(v) for k, v in kwargs.items()}
+        return operator(*args, **kwargs).get()
 
 
-@pytest.fixture(params=BACKENDS, scope="session")
+@pytest.fixture(scope="session")
+def emulated_cupy():
+    """CuPy's stand-in, in CuPy's place; see tests/emulate."""
+    from tests import emulate
+    from tests.emulate import device
+
+    if not device.compiler_found():
+        if os.environ.get("CI"):
+            pytest.fail("g++ is needed to run the kernels on the emulated device")
+        pytest.skip("no g++, which runs the kernels on the emulated device")
+    with emulate.installed() as cupy:
+        yield cupy
+
+
+@pytest.fixture(params=["numpy", "torch", "emulated"], scope="session")
 def backend(request):
-    return BACKENDS[request.param]()
+    if request.param == "emulated":
+        return EmulatedBackend(request.getfixturevalue("emulated_cupy"))
+    return {"numpy": NumpyBackend, "torch": TorchBackend}[request.param]()

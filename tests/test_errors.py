@@ -140,9 +140,9 @@ def test_what_is_missing_is_named(call):
 def test_batch_index_out_of_range(index, backend):
     indices = np.array([0, index])
     for operator, boxes in ((cr.crop_and_resize, NORMALISED), (cr.roi_crop, PIXELS)):
-        with pytest.raises(IndexError, match=rf"box 1 is {index};.*\[0, 2\)"):
+        with cr.checked(), pytest.raises(IndexError, match=rf"box 1 is {index};.*\[0, 2\)"):
             backend(operator, FEATURES, boxes, indices, 2)
-    with pytest.raises(IndexError, match=f"box 1 is {index};"):
+    with cr.checked(), pytest.raises(IndexError, match=f"box 1 is {index};"):
         backend(cr.roi_align, FEATURES, PIXELS, 2, batch_indices=indices)
 
 
@@ -150,7 +150,7 @@ def test_batch_index_out_of_range(index, backend):
 def test_batch_index_in_a_column(index, backend):
     rows = ROWS.copy()
     rows[1, 0] = index
-    with pytest.raises(IndexError, match=r"box 1 is .*whole number in"):
+    with cr.checked(), pytest.raises(IndexError, match=r"box 1 is .*whole number in"):
         backend(cr.roi_align, FEATURES, rows, 2)
 
 
@@ -227,7 +227,7 @@ class OnGpu:
 
 
 def test_arrays_on_a_gpu():
-    with pytest.raises(TypeError, match=r"features must be in the CPU's memory; got .*OnGpu on GPU 1; copy it"):
+    with pytest.raises(TypeError, match=r"features must be in the CPU's memory, or a CuPy array; got .*OnGpu on GPU 1; copy it"):
         cr.roi_crop(OnGpu(1), OnGpu(1), OnGpu(1), 2)
     with pytest.raises(TypeError, match=r"OnGpu on GPU 0 and .*OnGpu on GPU 1"):
         cr.roi_crop(OnGpu(0), OnGpu(1), OnGpu(0), 2)

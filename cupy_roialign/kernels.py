@@ -1,0 +1,149 @@
+"""The CUDA sources in cuda/, made into kernels by CuPy at first use.
+
+An instantiation is a kernel's name and the types that it is compiled for. CuPy compiles it for the device at hand,
+keeps the result on disk, and loads it once on each device.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupy_roialign import arrays, geometry
+
+KERNELS = ("forward", "feature_gradient", "box_gradient")
+
+CTYPES = {
+    "float16": "Half",
+    "bfloat16": "Bfloat16",
+    "float32": "float",
+    "float64": "double",
+    "bool": "unsigned char",
+    "int8": "signed char",
+    "uint8": "unsigned char",
+    "int16": "short",
+    "uint16": "unsigned short",
+    "int32": "int",
+    "uint32": "unsigned",
+    "int64": "long long",
+    "uint64": "unsigned long long",
+}
+
+OPTIONS = ("-std=c++17",)
+
+LARGE = 2**31
+"""Elements from which on offsets take 64 bits."""
+
+
+class Types(NamedTuple):
+    """What a kernel is compiled for; dtypes by their names."""
+
+    features: str
+    crops: str  # the dtype of the output, or of the gradient to it
+    boxes: str  # float32 or float64
+    positions: str  # float32 or float64
+    large: bool  # offsets of 64 bits
+    channels_last: bool  # neighbouring threads take neighbouring channels
+
+
+RULE = np.dtype(
+    [
+        ("spatial_scale", "f8"),
+        ("extrapolation_value", "f8"),
+        ("dialect", "i4"),
+        ("bins", "i4", 2),
+        ("columns", "i4", 4),
+        ("sampling_ratio", "i4"),
+        ("aligned", "i4"),
+        ("nearest", "i4"),
+    ],
+    align=True,
+)
+
+ARGUMENTS = np.dtype(
+    [
+        ("features", "u8"),
+        ("grad_output", "u8"),
+        ("boxes", "u8"),
+        ("batch_indices", "u8"),
+        ("result", "u8"),
+        ("feature_strides", "i8", 4),
+        ("output_strides", "i8", 4),
+        ("box_strides", "i8", 2),
+        ("index_stride", "i8"),
+        ("images", "i8"),
+        ("count", "i8"),
+        ("first_block", "i8"),
+        ("channels", "i4"),
+        ("size", "i4", 2),
+        ("index_kind", "i4"),
+        ("channels_at_once", "i4"),
+        ("box_columns", "i4"),
+        ("rule", RULE),
+    ],
+    align=True,
+)
+"""`Arguments` of weights.cuh; passed by value, as one structure."""
+
+
+def rule_fields(rule: geometry.Rule) -> tuple[Any, ...]:
+    """The rule in the order of RULE."""
+    return (
+        rule.spatial_scale,
+        rule.extrapolation_value,
+        int(rule.dialect),
+        rule.bins,
+        rule.columns,
+        rule.sampling_ratio,
+        rule.aligned,
+        rule.nearest,
+    )
+
+
+def every_types() -> list[Types]:
+    """All that the backend asks for: see `cupy_backend`."""
+    return [
+        Types(features, crops, boxes, positions, large, channels_last)
+        for features in CTYPES
+        for crops in dict.fromkeys((arrays.output_name(features), arrays.compute_name(features)))
+        for boxes, positions in (("float32", "float32"), ("float32", "float64"), ("float64", "float64"))
+        for large in (False, True)
+        for channels_last in (False, True)
+        if not (positions != boxes and features != "float64")
+    ]
+
+
+@functools.cache
+def read(name: str) -> str:
+    """A source file. It lies in the package where that is installed, and beside it in the source tree."""
+    package = Path(__file__).parent
+    for folder in (package / "cuda", package.parent / "cuda"):
+        if (folder / name).is_file():
+            return (folder / name).read_text()
+    raise FileNotFoundError(f"{name} of cupy_roialign's CUDA sources is missing; install the package again")
+
+
+def source(name: str, types: Types) -> str:
+    """One text: CuPy's cache on disk knows a kernel by its text, and not by what that includes."""
+    features, result = CTYPES[types.features], CTYPES[arrays.output_name(types.features)]
+    definitions = (
+        f"typedef {CTYPES[types.positions]} Real;\n"
+        f"typedef {CTYPES[types.boxes]} Box;\n"
+        f"typedef {CTYPES[arrays.compute_name(types.features)]} Compute;\n"
+        f"typedef {'long long' if types.large else 'int'} Offset;\n"
+        f"#define FEATURE {features}\n"
+        f"#define RESULT {result}\n"
+        f"#define GRAD {CTYPES[types.crops]}\n"
+        f"#define CHANNELS_LAST {int(types.channels_last)}\n"
+    )
+    return "\n".join([read("device.cuh"), definitions, *map(read, ("geometry.cuh", "weights.cuh", f"{name}.cu"))])
+
+
+@functools.cache
+def kernel(name: str, types: Types) -> Any:
+    import cupy
+
+    return cupy.RawKernel(source(name, types), name, options=OPTIONS)

@@ -1,0 +1,316 @@
+"""What cupy_roialign and a small script use of CuPy, emulated.
+
+Stricter than a GPU: an array ends at a page that cannot be touched (or begins at one: `guard = "front"`), fresh memory
+is full of NaN, arguments of a launch that CUDA would misread raise, and each launch is recorded with its device and
+stream (`launches`). The order in which threads and blocks run is drawn from `seed`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import operator
+import os
+import shutil
+import subprocess
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupy_roialign import kernels
+
+seed = 0
+guard = "back"
+launches: list[dict[str, Any]] = []
+
+float16, float32, float64 = np.float16, np.float32, np.float64
+int8, int16, int32, int64 = np.int8, np.int16, np.int32, np.int64
+uint8, uint16, uint32, uint64, bool_ = np.uint8, np.uint16, np.uint32, np.uint64, np.bool_
+newaxis, nan, inf, pi = None, np.nan, np.inf, np.pi
+
+HOST = Path(__file__).with_name("host.h")
+COMPILER = os.environ.get("CXX", "g++")
+FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function"]
+FLAGS += ["-Wno-unused-const-variable", "-Wno-missing-field-initializers", "-Wno-unused-parameter", "-Wno-clobbered"]
+
+
+def compiler_found() -> bool:
+    return shutil.which(COMPILER) is not None
+
+
+# ---- memory ----
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def _guarded(nbytes: int) -> np.ndarray:
+    """So many bytes of junk that touch a page which faults."""
+    page = mmap.PAGESIZE
+    pages = -(-max(nbytes, 1) // page)
+    block = mmap.mmap(-1, (pages + 1) * page)
+    whole = np.frombuffer(block, np.uint8)
+    whole[:] = 0xFF  # NaN as a float, -1 as an integer
+    forbidden = whole.ctypes.data + (0 if guard == "front" else pages * page)
+    if _libc.mprotect(forbidden, page, mmap.PROT_READ * 0) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect failed")
+    start = page if guard == "front" else pages * page - nbytes
+    return whole[start : start + nbytes]
+
+
+class ndarray:
+    """An array of the emulated device: NumPy's, held where NumPy itself does not see it."""
+
+    def __init__(self, array: np.ndarray, number: int = 0):
+        self._array, self._number = array, number
+
+    dtype = property(lambda self: self._array.dtype)
+    shape = property(lambda self: self._array.shape)
+    strides = property(lambda self: self._array.strides)
+    ndim = property(lambda self: self._array.ndim)
+    size = property(lambda self: self._array.size)
+    itemsize = property(lambda self: self._array.itemsize)
+    nbytes = property(lambda self: self._array.nbytes)
+    flags = property(lambda self: self._array.flags)
+    device = property(lambda self: cuda.Device(self._number))
+    data = property(lambda self: types.SimpleNamespace(ptr=self._array.__array_interface__["data"][0]))
+    T = property(lambda self: self._like(self._array.T))
+
+    def _like(self, array: Any) -> ndarray:
+        return ndarray(np.asarray(array), self._number)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, self._number)
+
+    def get(self) -> np.ndarray:
+        return self._array.copy(order="K")
+
+    def item(self) -> Any:
+        return self._array.item()
+
+    def astype(self, dtype: Any, copy: bool = True) -> ndarray:
+        if not copy and self._array.dtype == dtype:
+            return self
+        return asarray(self._array.astype(dtype), device=self._number)
+
+    def transpose(self, *axes: Any) -> ndarray:
+        return self._like(self._array.transpose(*axes))
+
+    def reshape(self, *shape: Any) -> ndarray:
+        return self._like(self._array.reshape(*shape))
+
+    def copy(self) -> ndarray:
+        return asarray(self._array.copy(), device=self._number)
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, key: Any) -> ndarray:
+        return self._like(self._array[_host(key)])
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._array[_host(key)] = _host(value)
+
+    def __bool__(self) -> bool:
+        return bool(self._array)
+
+    def __float__(self) -> float:
+        return float(self._array)
+
+    def __repr__(self) -> str:
+        return repr(self._array)
+
+    def __getattr__(self, name: str) -> Any:
+        """Reductions and the like."""
+        if name not in ("sum", "mean", "max", "min", "all", "any", "ravel", "squeeze", "std", "round", "clip"):
+            raise AttributeError(f"the emulated CuPy array has no {name}")
+        return lambda *args, **kwargs: self._like(getattr(self._array, name)(*args, **kwargs))
+
+
+def _operator(name: str) -> Any:
+    function = getattr(operator, name)
+    return lambda self, *others: self._like(function(self._array, *map(_host, others)))
+
+
+def _reflected(name: str) -> Any:
+    function = getattr(operator, name)
+    return lambda self, other: self._like(function(_host(other), self._array))
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
+    setattr(ndarray, f"__{_name}__", _operator(f"__{_name}__"))
+    setattr(ndarray, f"__r{_name}__", _reflected(f"__{_name}__"))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs"):
+    setattr(ndarray, f"__{_name}__", _operator(f"__{_name}__"))
+ndarray.__hash__ = None  # type: ignore[assignment]
+ndarray.__module__ = "cupy"
+
+
+def _host(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_host, value))
+    return value._array if isinstance(value, ndarray) else value
+
+
+def empty(shape: Any, dtype: Any = float) -> ndarray:
+    dtype = np.dtype(dtype)
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    return ndarray(_guarded(nbytes).view(dtype).reshape(shape), cuda.Device._current)
+
+
+def asarray(value: Any, dtype: Any = None, device: int | None = None) -> ndarray:
+    """Copies to the device, strides kept where they leave no gaps."""
+    if isinstance(value, ndarray):
+        return value if dtype is None else value.astype(dtype, copy=False)
+    value = np.asarray(value, dtype)
+    order = np.argsort([-abs(stride) for stride in value.strides], kind="stable")
+    with cuda.Device(cuda.Device._current if device is None else device):
+        result = empty([value.shape[axis] for axis in order], value.dtype)
+    result = result.transpose(*np.argsort(order)) if value.ndim else result
+    result._array[...] = value
+    return result
+
+
+array = asarray
+asnumpy = ndarray.get
+
+
+def zeros(shape: Any, dtype: Any = float) -> ndarray:
+    result = empty(shape, dtype)
+    result._array[...] = 0
+    return result
+
+
+def ones(shape: Any, dtype: Any = float) -> ndarray:
+    result = empty(shape, dtype)
+    result._array[...] = 1
+    return result
+
+
+_FUNCTIONS = {"abs", "allclose", "arange", "concatenate", "full", "isfinite", "isnan", "linspace", "maximum", "minimum"}
+_FUNCTIONS |= {"empty_like", "ones_like", "sqrt", "stack", "where", "zeros_like"}
+
+
+def __getattr__(name: str) -> Any:
+    """NumPy's function of the same name, from arrays of the device to one."""
+    if name not in _FUNCTIONS:
+        raise AttributeError(f"the emulated CuPy has no {name}")
+    return lambda *args, **kwargs: asarray(getattr(np, name)(*map(_host, args), **kwargs))
+
+
+# ---- devices and streams ----
+
+
+class _Device:
+    """One of two devices; `with` makes it the current one."""
+
+    _current = 0
+
+    def __init__(self, number: int | None = None):
+        self.id = _Device._current if number is None else number
+        self._before: list[int] = []
+
+    def __enter__(self) -> _Device:
+        self._before.append(_Device._current)
+        _Device._current = self.id
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _Device._current = self._before.pop()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Device) and self.id == other.id
+
+    def synchronize(self) -> None:
+        pass
+
+
+class _Stream:
+    _current: list[int] = [0]
+    _made = 0
+
+    def __init__(self, non_blocking: bool = False):
+        _Stream._made += 1
+        self.ptr = 4096 * _Stream._made
+
+    def __enter__(self) -> _Stream:
+        _Stream._current.append(self.ptr)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        _Stream._current.pop()
+
+    def synchronize(self) -> None:
+        pass
+
+
+cuda = types.ModuleType("cupy.cuda")
+cuda.Device, cuda.Stream = _Device, _Stream  # type: ignore[attr-defined]
+cuda.is_available = lambda: True  # type: ignore[attr-defined]
+
+
+# ---- kernels ----
+
+_ENTRY = """
+static Arguments arguments;
+static void run() {{ {name}(arguments); }}
+extern "C" const char* emulate(const void* from, long long blocks, int threads, unsigned seed) {{
+    memcpy(&arguments, from, sizeof arguments);
+    return emulation::launch(run, blocks, threads, seed);
+}}
+extern "C" unsigned long size_of_arguments() {{ return sizeof(Arguments); }}
+"""
+
+
+def compile_for_host(code: str) -> ctypes.CDLL:
+    """A shared library from C++ text. Kept on disk, by the text and the flags, for the next process."""
+    folder = Path(tempfile.gettempdir()) / f"cupy_roialign_emulated_{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    library = folder / (hashlib.sha256("\0".join([COMPILER, *FLAGS, code]).encode()).hexdigest() + ".so")
+    if not library.exists():
+        made = library.with_suffix(f".{os.getpid()}")
+        command = [COMPILER, "-x", "c++", "-", *FLAGS, "-o", str(made)]
+        done = subprocess.run(command, input=code, text=True, capture_output=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{COMPILER} cannot compile the kernel:\n{done.stderr}")
+        made.replace(library)
+    return ctypes.CDLL(str(library))
+
+
+class RawKernel:
+    def __init__(self, code: str, name: str, options: tuple[str, ...] = ()):
+        self.name = name
+        host = code.replace(kernels.read("device.cuh"), HOST.read_text())
+        if host == code:
+            raise RuntimeError("the source does not begin with device.cuh")
+        library = compile_for_host(host + _ENTRY.format(name=name))
+        self._emulate = library.emulate
+        self._emulate.restype = ctypes.c_char_p
+        self._emulate.argtypes = [ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_uint]
+        library.size_of_arguments.restype = ctypes.c_ulong
+        self._bytes = library.size_of_arguments()
+
+    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], **options: Any) -> None:
+        if len(grid) != 1 or len(block) != 1:
+            raise ValueError(f"{self.name}: grid and block must have one dimension; got {grid} and {block}")
+        if not 0 < grid[0] < 2**31:
+            raise ValueError(f"{self.name}: a grid has from 1 to 2**31 - 1 blocks; got {grid[0]}")
+        if not 0 < block[0] <= 1024:
+            raise ValueError(f"{self.name}: a block has from 1 to 1024 threads; got {block[0]}")
+        if options:
+            raise ValueError(f"{self.name}: {options} are not emulated")
+        (arguments,) = args
+        if not isinstance(arguments, np.ndarray) or arguments.shape != () or arguments.nbytes != self._bytes:
+            raise TypeError(f"{self.name}: its argument is one structure of {self._bytes} bytes; got {arguments!r}")
+        launches.append({"kernel": self.name, "device": _Device._current, "stream": _Stream._current[-1], "blocks": grid[0]})
+        problem = self._emulate(arguments.ctypes.data, grid[0], block[0], seed)
+        if problem:
+            raise RuntimeError(f"{self.name}: {problem.decode()}")

@@ -1,0 +1,158 @@
+// device.cuh for a CPU: the kernels, compiled by g++, run here one block after another, in an order given by a seed.
+// The threads of a block are fibers. Each runs until it reaches a barrier, and between two barriers they run in
+// shuffled order, so that what is not ordered by a barrier shows as a wrong result.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <random>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+#define __shared__ static __attribute__((section("shared_memory")))
+#define DEVICE static inline
+
+using std::max;
+using std::min;
+
+DEVICE float add(float a, float b) { return a + b; }
+DEVICE float sub(float a, float b) { return a - b; }
+DEVICE float mul(float a, float b) { return a * b; }
+DEVICE float div(float a, float b) { return a / b; }
+DEVICE float round_up(float a) { return ceilf(a); }
+DEVICE float round_down(float a) { return floorf(a); }
+DEVICE double widen(float a) { return a; }
+DEVICE float narrow(double a, float) { return (float)a; }
+DEVICE double add(double a, double b) { return a + b; }
+DEVICE double sub(double a, double b) { return a - b; }
+DEVICE double mul(double a, double b) { return a * b; }
+DEVICE double div(double a, double b) { return a / b; }
+DEVICE double round_up(double a) { return ceil(a); }
+DEVICE double round_down(double a) { return floor(a); }
+DEVICE double widen(double a) { return a; }
+DEVICE double narrow(double a, double) { return a; }
+DEVICE double __longlong_as_double(long long bits) { double v; memcpy(&v, &bits, 8); return v; }
+DEVICE float __uint_as_float(unsigned bits) { float v; memcpy(&v, &bits, 4); return v; }
+DEVICE unsigned __float_as_uint(float v) { unsigned bits; memcpy(&bits, &v, 4); return bits; }
+
+struct Half { unsigned short bits; };
+
+DEVICE float load(Half v) {
+    const unsigned sign = (v.bits & 0x8000u) << 16, exponent = v.bits >> 10 & 31, fraction = v.bits & 1023;
+    if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | fraction << 13);
+    const float magnitude = ldexpf((float)(exponent ? fraction | 1024 : fraction), (int)(exponent ? exponent : 1) - 25);
+    return sign ? -magnitude : magnitude;
+}
+
+DEVICE void store(Half& to, float v) {
+    const unsigned short sign = __float_as_uint(v) >> 16 & 0x8000u;
+    const float magnitude = fabsf(v);
+    if (magnitude != magnitude) { to.bits = sign | 0x7e00; return; }
+    if (magnitude >= 65520.0f) { to.bits = sign | 0x7c00; return; }
+    int exponent;
+    frexpf(magnitude, &exponent);  // magnitude < 2 ** exponent
+    const int unit = magnitude == 0 ? -24 : max(exponent - 11, -24);
+    const unsigned steps = (unsigned)nearbyintf(ldexpf(magnitude, -unit));  // ties to even
+    to.bits = sign | (unsigned short)(((unit + 24) << 10) + steps);
+}
+
+struct Dim3 { unsigned x, y, z; };
+static Dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+const size_t STACK = 128 << 10;
+struct Fiber { ucontext_t context; std::vector<char> stack; bool done; const char* barrier; int vote; };
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static int current, verdict;
+static char message[200];
+static void (*body)();
+
+static void enter() {
+    body();
+    fibers[current].done = true;
+    swapcontext(&fibers[current].context, &scheduler);
+}
+
+static int wait(const char* barrier, int vote) {
+    Fiber& fiber = fibers[current];
+    fiber.barrier = barrier;
+    fiber.vote = vote;
+    swapcontext(&fiber.context, &scheduler);
+    return verdict;
+}
+
+static bool run_block(int threads, std::mt19937& random) {
+    extern char start __asm__("__start_shared_memory"), stop __asm__("__stop_shared_memory");
+    memset(&start, 0xff, &stop - &start);  // a NaN, wherever a number is read before it is written
+    std::vector<int> order(threads);
+    for (int i = 0; i < threads; ++i) {
+        Fiber& fiber = fibers[i];
+        order[i] = i;
+        fiber.done = false;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, enter, 0);
+    }
+    for (int left = threads; left;) {
+        std::shuffle(order.begin(), order.end(), random);
+        for (int i : order) {
+            if (fibers[i].done) continue;
+            fibers[i].barrier = nullptr;
+            current = i;
+            threadIdx.x = i;
+            swapcontext(&scheduler, &fibers[i].context);
+        }
+        const char* barrier = nullptr;
+        int votes = 0, waiting = 0;
+        left = 0;
+        for (Fiber& fiber : fibers) {
+            if (fiber.done) continue;
+            ++left;
+            if (!barrier) barrier = fiber.barrier;
+            if (barrier != fiber.barrier) {
+                snprintf(message, sizeof message, "threads of a block wait at different barriers");
+                return false;
+            }
+            ++waiting;
+            votes |= fiber.vote;
+        }
+        if (waiting && waiting < threads) {
+            snprintf(message, sizeof message, "%d of %d threads wait at a barrier that the others never reach", waiting, threads);
+            return false;
+        }
+        verdict = votes;
+    }
+    return true;
+}
+
+static const char* launch(void (*kernel)(), long long blocks, int threads, unsigned seed) {
+    body = kernel;
+    fibers.resize(threads);
+    for (Fiber& fiber : fibers) fiber.stack.resize(STACK);
+    gridDim = {(unsigned)blocks, 1, 1};
+    blockDim = {(unsigned)threads, 1, 1};
+    std::mt19937 random(seed);
+    std::vector<long long> order(blocks);
+    for (long long i = 0; i < blocks; ++i) order[i] = i;
+    std::shuffle(order.begin(), order.end(), random);
+    for (long long block : order) {
+        blockIdx = {(unsigned)block, 0, 0};
+        if (!run_block(threads, random)) return message;
+    }
+    return nullptr;
+}
+}  // namespace emulation
+
+#define TEXT_OF(line) #line
+#define PLACE(line) TEXT_OF(line)
+#define __syncthreads() ((void)emulation::wait("sync at " PLACE(__LINE__), 0))
+#define __syncthreads_or(vote) emulation::wait("or at " PLACE(__LINE__), (vote) ? 1 : 0)
