@@ -3,14 +3,13 @@
 // The rounded operations are written in PTX, because the compiler is told to flush subnormal numbers to zero
 // (CuPy always tells it so), and does that to intrinsics too. An image's edge at 0 tells a subnormal from 0.
 
-#define DEVICE static __device__ __forceinline__
+#define DEVICE [[maybe_unused]] static __device__ __forceinline__
 
 DEVICE float add(float a, float b) { float r; asm("add.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b)); return r; }
 DEVICE float sub(float a, float b) { float r; asm("sub.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b)); return r; }
 DEVICE float mul(float a, float b) { float r; asm("mul.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b)); return r; }
 DEVICE float div(float a, float b) { float r; asm("div.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b)); return r; }
 DEVICE float round_up(float a) { float r; asm("cvt.rpi.f32.f32 %0, %1;" : "=f"(r) : "f"(a)); return r; }
-DEVICE float round_down(float a) { float r; asm("cvt.rmi.f32.f32 %0, %1;" : "=f"(r) : "f"(a)); return r; }
 DEVICE double widen(float a) { double r; asm("cvt.f64.f32 %0, %1;" : "=d"(r) : "f"(a)); return r; }
 DEVICE float narrow(double a, float) { float r; asm("cvt.rn.f32.f64 %0, %1;" : "=f"(r) : "d"(a)); return r; }
 
@@ -19,7 +18,6 @@ DEVICE double sub(double a, double b) { return __dsub_rn(a, b); }
 DEVICE double mul(double a, double b) { return __dmul_rn(a, b); }
 DEVICE double div(double a, double b) { return __ddiv_rn(a, b); }
 DEVICE double round_up(double a) { return ceil(a); }
-DEVICE double round_down(double a) { return floor(a); }
 DEVICE double widen(double a) { return a; }
 DEVICE double narrow(double a, double) { return a; }
 

@@ -29,6 +29,7 @@ def join(boxes: list[Any], like: Any) -> tuple[Any, Any]:
 def forward(features: Any, boxes: Any, batch_indices: Any, rule: geometry.Rule) -> Any:
     """(K, C, bins_y, bins_x) crops, in the memory order of `features`; NaN for a broken box."""
     with features.device:
+        features = _known(features)
         dtype = arrays.output_name(arrays.dtype_name(features))
         output = _allocate(features, (len(boxes), features.shape[1], *rule.bins), dtype)
         blocks, area = _tiles(rule.bins)
@@ -44,16 +45,17 @@ def feature_gradient(grad_output: Any, features: Any, boxes: Any, batch_indices:
     with features.device:
         dtype = arrays.output_name(arrays.dtype_name(features))
         gradient = _allocate(features, features.shape, dtype)
-        grad = _readable(grad_output, features)
+        grad = _readable(grad_output, gradient)
         blocks, area = _tiles(features.shape[2:])
         blocks *= features.shape[0]
-        _launch("feature_gradient", blocks, area, features, gradient, grad, boxes, batch_indices, rule, gradient)
+        _launch("feature_gradient", blocks, area, gradient, gradient, grad, boxes, batch_indices, rule, gradient)
         return gradient
 
 
 def box_gradient(grad_output: Any, features: Any, boxes: Any, batch_indices: Any, rule: geometry.Rule) -> Any:
     """The gradient to the boxes, in their shape; NaN for a broken box, 0 in a batch index column."""
     with features.device:
+        features = _known(features)
         grad = _readable(grad_output, features)
         gradient = cupy.empty(boxes.shape, _real(boxes))
         _launch("box_gradient", len(boxes), 0, features, features, grad, boxes, batch_indices, rule, gradient)
@@ -117,6 +119,14 @@ def _launch(
     for first in range(0, blocks, MOST_BLOCKS):
         arguments["first_block"] = first
         kernel((min(MOST_BLOCKS, blocks - first),), (THREADS,), (arguments,))
+
+
+def _known(features: Any) -> Any:
+    """Features in a dtype that there are kernels for, and that computes the same."""
+    name = arrays.dtype_name(features)
+    if name == "bool":
+        return features.view(np.uint8)
+    return features if name in kernels.CTYPES else features.astype(np.float32)
 
 
 def _readable(grad_output: Any, features: Any) -> Any:

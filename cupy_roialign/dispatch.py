@@ -29,6 +29,9 @@ class Home(Protocol):
     def join(self, boxes: list[Any], like: Any) -> tuple[Any, Any]:
         """Lists of (L_i, 4) boxes, one for each image, as (K, 4) boxes and (K,) batch indices, beside `like`."""
 
+    def column(self, boxes: Any) -> Any:
+        """The first column of (K, 5) boxes."""
+
     def forward(self, request: Request) -> Any:
         """The crops."""
 
@@ -49,6 +52,9 @@ class ArrayHome:
         joined, indices = self._backend.join([self._take(part) for part in boxes], self._take(like))
         return self._give(joined), self._give(indices)
 
+    def column(self, boxes: Any) -> Any:
+        return self._take(boxes)[:, 0]
+
     def forward(self, request: Request) -> Any:
         return self._give(self._backend.forward(*self._taken(request)))
 
@@ -67,11 +73,17 @@ def _same(array: Any) -> Any:
     return array
 
 
+def _from_dlpack(array: Any) -> np.ndarray:
+    return array if isinstance(array, np.ndarray) else np.from_dlpack(array)
+
+
 def home(**named: Any) -> Home:
     """The home of some arguments, which must be arrays of one library on one device."""
     (name, first), *others = named.items()
     for other, array in ((name, first), *others):
-        if not hasattr(array, "__dlpack_device__"):
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{other} is a masked array, and masks have no meaning here; pass {other}.filled(value)")
+        if not hasattr(array, "__dlpack_device__") or isinstance(array, type):
             raise TypeError(
                 f"{other} must be an array, of NumPy, PyTorch or another library that has __dlpack__; got "
                 f"{_describe(array)}; make one with numpy.asarray"
@@ -87,11 +99,16 @@ def home(**named: Any) -> Home:
 
         return ArrayHome(cupy_backend, _same, _same)
     if place != _CPU:
-        raise TypeError(f"{name} must be in the CPU's memory, or a CuPy array; got {_describe(first)}; copy it there first")
+        raise TypeError(
+            f"{name} must be in the CPU's memory, or a CuPy array; got {_describe(first)}; copy it there first"
+        )
     if library == "torch":
         from cupy_roialign import torch
 
-        return torch.TensorHome()
+        tensors = torch.TensorHome()
+        for other, tensor in named.items():
+            tensors.check(other, tensor)
+        return tensors
     from cupy_roialign import numpy_backend
 
     if library == "numpy":
@@ -102,7 +119,7 @@ def home(**named: Any) -> Home:
             f"{name} is a {_describe(first)}, a library that does not tell how to make an array of it from a result; "
             f"pass numpy.from_dlpack({name}) and convert the result"
         )
-    return ArrayHome(numpy_backend, np.from_dlpack, namespace().from_dlpack)
+    return ArrayHome(numpy_backend, _from_dlpack, namespace().from_dlpack)
 
 
 def _kind(array: Any) -> tuple[str, str]:
@@ -119,4 +136,5 @@ def _kind(array: Any) -> tuple[str, str]:
 
 def _describe(array: Any) -> str:
     kind = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
-    return f"{kind} on {_kind(array)[1]}" if hasattr(array, "__dlpack_device__") else kind
+    is_array = hasattr(array, "__dlpack_device__") and not isinstance(array, type)
+    return f"{kind} on {_kind(array)[1]}" if is_array else kind

@@ -21,16 +21,9 @@ CTYPES = {
     "bfloat16": "Bfloat16",
     "float32": "float",
     "float64": "double",
-    "bool": "unsigned char",
-    "int8": "signed char",
     "uint8": "unsigned char",
-    "int16": "short",
-    "uint16": "unsigned short",
-    "int32": "int",
-    "uint32": "unsigned",
-    "int64": "long long",
-    "uint64": "unsigned long long",
 }
+"""The dtypes that kernels read. Other integers are rare, and are converted to float32 first."""
 
 OPTIONS = ("-std=c++17",)
 

@@ -9,9 +9,10 @@ Shapes and dtypes have been checked (validation.py).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
@@ -24,7 +25,19 @@ WORKSPACE = 64 * 2**20
 FEW_CHANNELS = 16
 """Below, an image is worked on as planes, (C, H, W); from here on as pixels, (H, W, C)."""
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 Product = Callable[[np.ndarray, int, np.ndarray], np.ndarray]
+
+
+def _quietly(function: Function) -> Function:
+    """No warning of what broken boxes and values do. (numpy.errstate itself is no decorator for threads before NumPy 2.)"""
+
+    @functools.wraps(function)
+    def quiet(*args: Any) -> Any:
+        with np.errstate(all="ignore"):
+            return function(*args)
+
+    return cast(Function, quiet)
 
 
 def join(boxes: list[np.ndarray], like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -33,7 +46,7 @@ def join(boxes: list[np.ndarray], like: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.concatenate(boxes) if boxes else np.zeros((0, 4), np.float32), indices
 
 
-@np.errstate(all="ignore")
+@_quietly
 def forward(features: np.ndarray, boxes: np.ndarray, batch_indices: np.ndarray, rule: geometry.Rule) -> np.ndarray:
     """(K, C, bins_y, bins_x) crops, in the memory order of `features`; NaN for a box that is not finite."""
     boxes, batch_indices = _numbers(features, boxes, batch_indices, rule)
@@ -59,7 +72,7 @@ def forward(features: np.ndarray, boxes: np.ndarray, batch_indices: np.ndarray, 
     return output
 
 
-@np.errstate(all="ignore")
+@_quietly
 def feature_gradient(
     grad_output: np.ndarray,
     features: np.ndarray | arrays.Like,
@@ -88,7 +101,7 @@ def feature_gradient(
     return total.astype(_output_dtype(features), copy=False)
 
 
-@np.errstate(all="ignore")
+@_quietly
 def box_gradient(
     grad_output: np.ndarray, features: np.ndarray, boxes: np.ndarray, batch_indices: np.ndarray, rule: geometry.Rule
 ) -> np.ndarray:
@@ -104,7 +117,7 @@ def box_gradient(
             for piece in chunk.pieces:
                 source = _Source(features, layout, piece)
                 for box in piece.boxes:
-                    window = source.window(box)
+                    window = source.level_window(box)
                     grad = layout.view(grad_output[box.number, piece.channels]).astype(source.dtype, copy=False)
                     for axis in (0, 1):
                         _add_weight_gradient(slopes[axis][box.place], axis, grad, window, box, layout.axes)
@@ -202,6 +215,14 @@ class _Source:
             return window
         return np.ascontiguousarray(window, self.dtype)
 
+    def level_window(self, box: _Box) -> np.ndarray:
+        """The same, less one pixel of it: slopes are the same, and small against less of an offset."""
+        window = self.window(box)
+        if window.dtype != self.dtype:
+            return window
+        pixel = window[self.layout.at((slice(0, 1), slice(0, 1)))]
+        return window - np.where(np.isfinite(pixel), pixel, 0)
+
 
 # ---- the plan ----
 
@@ -247,7 +268,7 @@ def _chunks(array: np.ndarray, boxes: np.ndarray, batch_indices: np.ndarray, rul
     order = np.argsort(batch_indices, kind="stable")
     sizes = array.shape[2:]
     axes = [geometry.resolve(rule, boxes[order], axis, sizes[axis]) for axis in (0, 1)]
-    cost = sum(AxisWeights.estimate_bytes(axes[axis], rule.bins[axis], sizes[axis]) for axis in (0, 1))
+    cost = sum(AxisWeights.estimate_bytes(rule, axes[axis], rule.bins[axis], sizes[axis]) for axis in (0, 1))
     ends = np.cumsum(cost)
     start = 0
     while start < len(order):

@@ -73,9 +73,11 @@ class AxisWeights:
         self.flat = self.scatter((1 - fraction) * self.share, fraction * self.share).astype(dtype, copy=False)
 
     @staticmethod
-    def estimate_bytes(axis: geometry.Axis, bins: int, size: int) -> np.ndarray:
+    def estimate_bytes(rule: geometry.Rule, axis: geometry.Axis, bins: int, size: int) -> np.ndarray:
         """(K,) about how much memory the weights of each box take while they are made."""
-        samples = bins * np.minimum(axis.samples, max(2 * size, geometry.EVERY_SAMPLE))
+        samples = bins * axis.samples
+        if rule.sampling_ratio == 0:  # at most about two samples a pixel lie inside
+            samples = np.minimum(samples, 2 * size + bins * geometry.EVERY_SAMPLE)
         width = np.fmin(size, np.abs(axis.bin.astype(np.float64)) * min(BLOCK, bins) + 3)
         return 150 * samples + 24 * bins * width + 1000
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -183,7 +184,7 @@ def roi_align(
         output_size: (height, width) in bins, or an int for both.
         spatial_scale: size of the features over that of the image, 1/16 for a stride of 16.
         sampling_ratio: samples a bin along each axis, at most 4096; 0 or negative: as many as a bin has pixels,
-            rounded up (at most 2**23 for float32 boxes, 2**52 for float64).
+            rounded up (at most 2**23; 2**52 where boxes or features are float64).
         aligned: whether pixel coordinates are shifted by half a pixel, as they should.
         batch_indices: (K,) integers in [0, N): the image of each box, for (K, 4) boxes.
 
@@ -194,7 +195,8 @@ def roi_align(
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type, dtype, shape or value.
-        IndexError: a batch index is not a whole number in [0, N); the message names the first such box.
+        IndexError: a batch index is not a whole number in [0, N), or is off one by more than 1/64 in a column of
+            boxes; the message names the first such box.
 
     Gradients (``vjp``, autograd) are those of the averages as they are computed, with the number of samples held
     fixed. Where a sample sits on a pixel's centre the slope toward larger coordinates is taken; in the band around
@@ -243,7 +245,7 @@ def _roi_align(
         if batch_indices is not None:
             raise ValueError("batch_indices must not be given with (K, 5) boxes, whose first column holds them")
         validation.batch_column("boxes", boxes, images)
-        columns, batch_indices = _BATCH_X1_Y1_X2_Y2, boxes[:, 0]
+        columns, batch_indices = _BATCH_X1_Y1_X2_Y2, home.column(boxes)
     elif batch_indices is None:
         raise ValueError(
             f"boxes of shape {tuple(boxes.shape)} need batch_indices, a (K,) integer array, the image of each box; or "
@@ -272,7 +274,7 @@ def vjp(operator: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any
     Returns:
         ``output, pullback``. ``pullback(grad_output)``, with the gradient of a loss to the output in the output's
         shape, returns ``(grad_features, grad_boxes)``: the first like the features (float32 for integers and bool),
-        the second like the boxes, a list where the boxes are. A box with a coordinate that is not finite adds
+        the second like the boxes; a list, of the boxes' common dtype, where these are. A box with a coordinate that is not finite adds
         nothing to the first and has NaN in the second. The pullback can be called any number of times; it reads
         the arrays that the operator was called with.
 
@@ -284,25 +286,22 @@ def vjp(operator: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any
     >>> grad_boxes  # the columns hold their own number: moving x1 or x2 moves the nine values by half as much
     array([[0. , 4.5, 0. , 4.5, 0. ]], dtype=float32)
     """
-    if operator not in _REQUESTS:
+    if not callable(operator) or operator not in _REQUESTS:
         names = ", ".join(known.__name__ for known in _REQUESTS)
         raise TypeError(f"operator must be one of {names} of this package; got {operator!r}")
     bound = inspect.signature(operator).bind(*args, **kwargs)
     bound.apply_defaults()
     home, request = _REQUESTS[operator](*bound.arguments.values())
     boxes = bound.arguments["boxes"]
+    listed = isinstance(boxes, (list, tuple))
+    ends = list(itertools.accumulate(map(len, boxes), initial=0)) if listed else []
     output, pull = home.vjp(request)
 
     def pullback(grad_output: Any) -> tuple[Any, Any]:
         dispatch.home(features=request.features, grad_output=grad_output)
         validation.grad_output("grad_output", grad_output, tuple(output.shape))
         grad_features, grad_boxes = pull(grad_output)
-        if isinstance(boxes, (list, tuple)):
-            ends = [0]
-            for part in boxes:
-                ends.append(ends[-1] + len(part))
-            grad_boxes = [grad_boxes[a:b] for a, b in itertools.pairwise(ends)]
-        return grad_features, grad_boxes
+        return grad_features, [grad_boxes[a:b] for a, b in itertools.pairwise(ends)] if listed else grad_boxes
 
     return output, pullback
 

@@ -9,13 +9,13 @@ Gradients reach the features and, unlike in both of these, the boxes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.utils.dlpack
-from torch.autograd.function import once_differentiable
 
 from cupy_roialign import arrays, numpy_backend, operators
 from cupy_roialign.dispatch import Request
@@ -134,15 +134,29 @@ class CropAndResizeFunction:
 class TensorHome:
     """Where tensors are computed on: see `dispatch.Home`."""
 
+    def check(self, name: str, tensor: torch.Tensor) -> None:
+        """A tensor whose elements are not in memory would be read as what happens to lie at address 0, or anywhere."""
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else str(tensor.layout)
+            raise TypeError(
+                f"{name} must be a dense tensor; got one that is {kind}; use its to_dense or to_padded_tensor"
+            )
+        if not _has_memory(tensor):
+            raise TypeError(
+                f"{name} must be a tensor with elements in memory; got a {type(tensor).__name__} without (a fake, "
+                f"masked, or otherwise wrapped tensor)"
+            )
+
     def join(self, boxes: list[torch.Tensor], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         lengths = torch.tensor([len(part) for part in boxes], dtype=torch.int64, device=like.device)
         joined = torch.cat(boxes) if boxes else torch.zeros((0, 4), device=like.device)
         return joined, torch.repeat_interleave(lengths)
 
+    def column(self, boxes: torch.Tensor) -> torch.Tensor:
+        return boxes.detach()[:, 0]
+
     def forward(self, request: Request) -> torch.Tensor:
-        features, boxes, batch_indices, rule = request
-        output: torch.Tensor = _RoI.apply(features, boxes, batch_indices.detach(), rule)  # type: ignore[no-untyped-call]
-        return output
+        return _apply(_RoI, *request)
 
     def vjp(self, request: Request) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[Any, Any]]]:
         features, boxes, batch_indices, rule = request
@@ -156,7 +170,14 @@ class TensorHome:
         return _forward(features, boxes, batch_indices, rule), pullback
 
 
+def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
+    output: torch.Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    return output
+
+
 class _RoI(torch.autograd.Function):
+    """The crops."""
+
     @staticmethod
     def forward(features: torch.Tensor, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule) -> torch.Tensor:
         return _forward(features, boxes, batch_indices, rule)
@@ -169,15 +190,70 @@ class _RoI(torch.autograd.Function):
         ctx.save_for_backward(features if ctx.needs_input_grad[1] else None, boxes, batch_indices)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         features, boxes, batch_indices = ctx.saved_tensors
         to_features = to_boxes = None
         if ctx.needs_input_grad[0]:
-            to_features = _feature_gradient(grad_output, ctx.like, boxes, batch_indices, ctx.rule)
+            to_features = _apply(_FeatureGradient, grad_output, boxes, batch_indices, ctx.rule, ctx.like)
         if ctx.needs_input_grad[1]:
-            to_boxes = _box_gradient(grad_output, features, boxes, batch_indices, ctx.rule)
+            to_boxes = _apply(_BoxGradient, grad_output, features, boxes, batch_indices, ctx.rule)
         return to_features, to_boxes, None, None
+
+
+class _FeatureGradient(torch.autograd.Function):
+    """The gradient to the features. It is linear in the gradient to the crops, so its own gradient is a crop again."""
+
+    @staticmethod
+    def forward(
+        grad_output: torch.Tensor, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule, like: arrays.Like
+    ) -> torch.Tensor:
+        return _feature_gradient(grad_output, like, boxes, batch_indices, rule)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        grad_output, boxes, batch_indices, rule, _ = inputs
+        ctx.rule = dataclasses.replace(rule, extrapolation_value=0.0)  # a constant, gone after the first derivative
+        ctx.save_for_backward(grad_output if ctx.needs_input_grad[1] else None, boxes, batch_indices)
+
+    @staticmethod
+    def backward(ctx: Any, direction: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_output, boxes, batch_indices = ctx.saved_tensors
+        to_grad = to_boxes = None
+        if ctx.needs_input_grad[0]:
+            to_grad = _apply(_RoI, direction, boxes, batch_indices, ctx.rule)
+        if ctx.needs_input_grad[1]:
+            to_boxes = _apply(_BoxGradient, grad_output, direction, boxes, batch_indices, ctx.rule)
+        return to_grad, to_boxes, None, None, None
+
+
+class _BoxGradient(torch.autograd.Function):
+    """The gradient to the boxes, which has no derivative of its own here."""
+
+    @staticmethod
+    def forward(
+        grad_output: torch.Tensor, features: torch.Tensor, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule
+    ) -> torch.Tensor:
+        return _box_gradient(grad_output, features, boxes, batch_indices, rule)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, direction: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        raise RuntimeError(
+            "cupy_roialign: the gradient to the boxes cannot be differentiated again; derivatives of any order are "
+            "there with respect to the features, with boxes that do not require grad (boxes.detach())"
+        )
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    try:
+        if tensor.untyped_storage().device.type == "meta":
+            return False
+        return tensor.numel() == 0 or tensor.data_ptr() != 0
+    except (RuntimeError, NotImplementedError):  # within a transform of torch.func, which unwraps it later
+        return True
 
 
 def _like(features: torch.Tensor) -> arrays.Like:

@@ -6,7 +6,6 @@ any library on any device. What only the elements can tell, a backend checks: se
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +16,11 @@ from cupy_roialign import arrays
 
 MAX_SAMPLING_RATIO = 4096
 
+MOST_BINS = 2**24
+
 INDEX_NOISE = 1 / 64
+
+MOST_SCALE = 1e38
 
 METHODS = ("bilinear", "nearest")
 
@@ -84,7 +87,11 @@ def grad_output(name: str, value: Any, shape: tuple[int, ...]) -> None:
 def size(name: str, value: Any) -> tuple[int, int]:
     """An int or a pair of ints, at least 1: (height, width)."""
     pair = (value, value)
-    if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) and getattr(value, "shape", None) != ():
+    if (
+        isinstance(value, Iterable)
+        and not isinstance(value, (str, bytes, set, frozenset, dict))
+        and getattr(value, "shape", None) != ()
+    ):
         pair = tuple(value)
         if len(pair) != 2:
             raise ValueError(
@@ -93,6 +100,8 @@ def size(name: str, value: Any) -> tuple[int, int]:
     height, width = (integer(name, entry, "an int or a pair of ints (height, width)") for entry in pair)
     if height < 1 or width < 1:
         raise ValueError(f"{name} must be at least 1 in height and width; got {value!r}")
+    if max(height, width) > MOST_BINS:
+        raise ValueError(f"{name} must be at most {MOST_BINS} in height and width; got {value!r}")
     return height, width
 
 
@@ -106,7 +115,7 @@ def sampling_ratio(name: str, value: Any) -> int:
 
 def integer(name: str, value: Any, expected: str = "an int") -> int:
     try:
-        if isinstance(value, (bool, np.bool_)):
+        if isinstance(value, (bool, np.bool_)) or "bool" in str(getattr(value, "dtype", "")):
             raise TypeError
         return operator.index(value)
     except TypeError:
@@ -115,19 +124,25 @@ def integer(name: str, value: Any, expected: str = "an int") -> int:
 
 def number(name: str, value: Any) -> float:
     """A real number; NaN and infinities are numbers here."""
+    dtype = str(getattr(value, "dtype", ""))
+    kinds = (bool, str, bytes, complex)
+    if (
+        isinstance(value, kinds)
+        or value is np.ma.masked
+        or any(word in dtype for word in ("bool", "complex", "<U", "|S"))
+    ):
+        raise TypeError(f"{name} must be a real number; got {value!r}")
     try:
-        if isinstance(value, (bool, np.bool_, str, bytes)):
-            raise TypeError
         return float(value)
-    except (TypeError, ValueError, OverflowError):
+    except Exception:  # whatever the type of the value raises
         raise TypeError(f"{name} must be a real number; got {value!r}") from None
 
 
 def spatial_scale(name: str, value: Any) -> float:
     scale = number(name, value)
-    if not (math.isfinite(scale) and scale > 0):
+    if not (0 < scale < MOST_SCALE):
         raise ValueError(
-            f"{name} must be positive and finite, the size of the features over that of the image that the boxes "
+            f"{name} must be positive and finite in float32, the size of the features over that of the image that the boxes "
             f"are in (1/16 for a stride of 16); got {value!r}"
         )
     return scale
@@ -151,10 +166,11 @@ def whole_indices(values: np.ndarray, images: int) -> np.ndarray:
     A number in a column of boxes may be off by INDEX_NOISE, so that it does not matter where rounding, or a
     finite difference, leaves it. (To truncate, as others do, makes image 0 of 0.9999999.)
     """
-    nearest = values
     if values.dtype.kind not in "iu":
-        nearest = np.rint(values)
-    good = (nearest >= 0) & (nearest < images) & (abs(values - nearest) <= INDEX_NOISE)
+        values = values.astype(np.float64)  # in float16 or bfloat16 the number of images may not be exact
+    nearest = values if values.dtype.kind in "iu" else np.rint(values)
+    with np.errstate(invalid="ignore"):
+        good = (nearest >= 0) & (nearest < images) & (abs(values - nearest) <= INDEX_NOISE)
     if not good.all():
         row = int(np.argmin(good))
         expected = f"expected a whole number in [0, {images})" if images else "there are no images"

@@ -34,7 +34,7 @@ newaxis, nan, inf, pi = None, np.nan, np.inf, np.pi
 
 HOST = Path(__file__).with_name("host.h")
 COMPILER = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function"]
+FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-Wno-unused-const-variable", "-Wno-missing-field-initializers", "-Wno-unused-parameter", "-Wno-clobbered"]
 
 
@@ -99,6 +99,9 @@ class ndarray:
         if not copy and self._array.dtype == dtype:
             return self
         return asarray(self._array.astype(dtype), device=self._number)
+
+    def view(self, dtype: Any) -> ndarray:
+        return self._like(self._array.view(dtype))
 
     def transpose(self, *axes: Any) -> ndarray:
         return self._like(self._array.transpose(*axes))
@@ -310,7 +313,9 @@ class RawKernel:
         (arguments,) = args
         if not isinstance(arguments, np.ndarray) or arguments.shape != () or arguments.nbytes != self._bytes:
             raise TypeError(f"{self.name}: its argument is one structure of {self._bytes} bytes; got {arguments!r}")
-        launches.append({"kernel": self.name, "device": _Device._current, "stream": _Stream._current[-1], "blocks": grid[0]})
+        launches.append(
+            {"kernel": self.name, "device": _Device._current, "stream": _Stream._current[-1], "blocks": grid[0]}
+        )
         problem = self._emulate(arguments.ctypes.data, grid[0], block[0], seed)
         if problem:
             raise RuntimeError(f"{self.name}: {problem.decode()}")
