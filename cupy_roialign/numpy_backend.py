@@ -30,7 +30,10 @@ Product = Callable[[np.ndarray, int, np.ndarray], np.ndarray]
 
 
 def _quietly(function: Function) -> Function:
-    """No warning of what broken boxes and values do. (numpy.errstate itself is no decorator for threads before NumPy 2.)"""
+    """No warning of what broken boxes and values do.
+
+    numpy.errstate is a decorator too, but before NumPy 2 one that mixes up the states of threads.
+    """
 
     @functools.wraps(function)
     def quiet(*args: Any) -> Any:

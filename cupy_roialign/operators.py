@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -274,9 +273,9 @@ def vjp(operator: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any
     Returns:
         ``output, pullback``. ``pullback(grad_output)``, with the gradient of a loss to the output in the output's
         shape, returns ``(grad_features, grad_boxes)``: the first like the features (float32 for integers and bool),
-        the second like the boxes; a list, of the boxes' common dtype, where these are. A box with a coordinate that is not finite adds
-        nothing to the first and has NaN in the second. The pullback can be called any number of times; it reads
-        the arrays that the operator was called with.
+        the second like the boxes; a list, of the boxes' common dtype, where these are. A box with a coordinate that
+        is not finite adds nothing to the first and has NaN in the second. The pullback can be called any number of
+        times; it reads the arrays that the operator was called with. It is no part of an autograd graph.
 
     >>> import numpy as np, cupy_roialign as cr
     >>> features = np.tile(np.arange(10, dtype=np.float32), (1, 1, 10, 1))

@@ -142,8 +142,8 @@ def spatial_scale(name: str, value: Any) -> float:
     scale = number(name, value)
     if not (0 < scale < MOST_SCALE):
         raise ValueError(
-            f"{name} must be positive and finite in float32, the size of the features over that of the image that the boxes "
-            f"are in (1/16 for a stride of 16); got {value!r}"
+            f"{name} must be positive and finite in float32: the size of the features over that of the image that "
+            f"the boxes are in, 1/16 for a stride of 16; got {value!r}"
         )
     return scale
 

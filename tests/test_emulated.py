@@ -338,39 +338,48 @@ def spoiled(cupy, name, before, after, types=("float32", "float32", "float32", "
     return cupy.RawKernel(code.replace(before, after), name)
 
 
-def test_a_missing_barrier_is_found(cupy, monkeypatch):
+FILL = "along_y.fill(a.rule, axes[0], p + thread, thread, a.size[0], start[0]);\n"
+BARRIERS = {
+    "feature_gradient": (FILL + "                __syncthreads();", FILL),
+    "box_gradient": ("        __syncthreads();\n        if (thread < half)", "        if (thread < half)"),
+}
+
+
+@pytest.mark.parametrize("name", BARRIERS)
+def test_a_missing_barrier_is_found(name, cupy, monkeypatch):
     arguments = problem(40)
     right = run(cupy, *arguments)
-    faults = [
-        ("feature_gradient", "                if (thread < bins_y) along_y.fill(a.rule, axes[0], p + thread, thread, a.size[0], start[0]);\n                __syncthreads();", "                if (thread < bins_y) along_y.fill(a.rule, axes[0], p + thread, thread, a.size[0], start[0]);"),
-        ("box_gradient", "        __syncthreads();\n        if (thread < half)", "        if (thread < half)"),
-    ]  # fmt: skip
-    for name, before, after in faults:
-        original = kernels.kernel
-        bad = spoiled(cupy, name, before, after)
-        with monkeypatch.context() as patch:
-            patch.setattr(kernels, "kernel", lambda n, t, bad=bad, name=name: bad if n == name else original(n, t))
-            wrong = False
-            for seed in range(5):
-                cupy.seed = seed
-                try:
-                    wrong |= any(not np.array_equal(a, b) for a, b in zip(right, run(cupy, *arguments), strict=True))
-                except RuntimeError as error:
-                    assert "barrier" in str(error)
-                    wrong = True
-            assert wrong, name
+    original, bad = kernels.kernel, spoiled(cupy, name, *BARRIERS[name])
+    monkeypatch.setattr(kernels, "kernel", lambda asked, types: bad if asked == name else original(asked, types))
+    differs = []
+    for seed in range(5):
+        cupy.seed = seed
+        differs += [not np.array_equal(a, b) for a, b in zip(right, run(cupy, *arguments), strict=True)]
+    assert any(differs)
+
+
+def test_threads_that_part_are_found(cupy):
+    """A barrier that only some of a block's threads reach hangs a GPU."""
+    before = "    if (sound) {  // the same"
+    bad = spoiled(cupy, "forward", before, "    if (threadIdx.x == 3) return;\n" + before)
+    device = [cupy.asarray(array) for array in problem()[:3]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "kernel", lambda name, types: bad)
+        with pytest.raises(RuntimeError, match="255 of 256 threads wait at a barrier that the others never reach"):
+            cr.roi_align(*device[:2], (5, 9), batch_indices=device[2])
 
 
 OUT_OF_BOUNDS = """
-import numpy as np, sys
+import numpy as np
 from tests.emulate import installed
 import cupy_roialign as cr
 from cupy_roialign import kernels
 with installed() as cupy:
     cupy.guard = {guard!r}
     original = kernels.source
+    channel = "(Offset)(first_channel + c) * (Offset)a.output_strides[1]"
     if {spoil}:
-        kernels.source = lambda *args: original(*args).replace("(Offset)(first_channel + c) * (Offset)a.output_strides[1]", "(Offset)(first_channel + c {shift}) * (Offset)a.output_strides[1]")
+        kernels.source = lambda *args: original(*args).replace(channel, channel.replace("+ c", "+ c {shift}"))
     features = cupy.asarray(np.ones((1, 3, 4, 4), np.float32))
     cr.roi_align(features, cupy.asarray(np.array([[0, 0, 0, 4, 4.]], np.float32)), 3)
 print("alive")

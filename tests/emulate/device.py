@@ -237,7 +237,7 @@ class _Device:
 
 
 class _Stream:
-    _current: list[int] = [0]
+    _current = [0]  # noqa: RUF012
     _made = 0
 
     def __init__(self, non_blocking: bool = False):

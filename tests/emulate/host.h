@@ -80,7 +80,7 @@ static void enter() {
     swapcontext(&fibers[current].context, &scheduler);
 }
 
-static int wait(const char* barrier, int vote) {
+[[maybe_unused]] static int wait(const char* barrier, int vote) {
     Fiber& fiber = fibers[current];
     fiber.barrier = barrier;
     fiber.vote = vote;
