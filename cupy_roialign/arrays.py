@@ -19,7 +19,7 @@ class Like(NamedTuple):
 
 def dtype_name(array: Any) -> str:
     """`float32` for NumPy's, CuPy's, torch's and ml_dtypes' alike, in any byte order."""
-    return getattr(array.dtype, "name", None) or str(array.dtype).removeprefix("torch.")
+    return getattr(array.dtype, "name", None) or str(array.dtype).rpartition(".")[2]
 
 
 def output_name(name: str) -> str:
@@ -35,5 +35,5 @@ def compute_name(name: str) -> str:
 def is_channels_last(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether the channels of (N, C, H, W) features are closest in memory. `strides` in any unit."""
     channel = abs(strides[1])
-    spatial = [abs(stride) for size, stride in zip(shape[2:], strides[2:], strict=False) if size > 1]
+    spatial = [abs(stride) for size, stride in zip(shape[2:], strides[2:], strict=True) if size > 1]
     return shape[1] > 1 and bool(spatial) and 0 < channel < min(spatial)

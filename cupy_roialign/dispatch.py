@@ -86,7 +86,7 @@ def home(**named: Any) -> Home:
         if not hasattr(array, "__dlpack_device__") or isinstance(array, type):
             raise TypeError(
                 f"{other} must be an array, of NumPy, PyTorch or another library that has __dlpack__; got "
-                f"{_describe(array)}; make one with numpy.asarray"
+                f"{_describe(array)}; make one with numpy.asarray, torch.as_tensor or the like"
             )
         if _kind(array) != _kind(first):
             raise TypeError(

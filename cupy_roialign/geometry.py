@@ -25,7 +25,7 @@ EVERY_SAMPLE = 16
 
 
 class Dialect(enum.IntEnum):
-    """How a box is read; golden rules of each are in the README."""
+    """How a box is read. README shows each by an example."""
 
     CROP_AND_RESIZE = 0  # normalised corners, corner to corner
     ROI_CROP_CENTERS = 1  # pixel corners, bin centres
@@ -73,7 +73,7 @@ class Axis(NamedTuple):
 
     def edge_gradient(self, of_start: np.ndarray, of_bin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The gradients to (lo, hi) from those to `start` and `bin`."""
-        low, high = (of_start * s + of_bin * b for s, b in zip(self.start_slope, self.bin_slope, strict=False))
+        low, high = (of_start * s + of_bin * b for s, b in zip(self.start_slope, self.bin_slope, strict=True))
         return low, high
 
 

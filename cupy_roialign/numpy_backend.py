@@ -116,7 +116,7 @@ def box_gradient(
         layout = _Layout.of(features)
         for chunk in _chunks(features, boxes, batch_indices, rule):
             flats = [np.zeros_like(weights.flat) for weights in chunk.weights]
-            slopes = [weights.blocks(flat) for weights, flat in zip(chunk.weights, flats, strict=False)]
+            slopes = [weights.blocks(flat) for weights, flat in zip(chunk.weights, flats, strict=True)]
             for piece in chunk.pieces:
                 source = _Source(features, layout, piece)
                 for box in piece.boxes:
@@ -298,7 +298,7 @@ def _chunk(
         image = int(images[places[0]])
         low = [int(w.first[places].min()) for w in weights]
         high = [int(w.stop[places].max()) for w in weights]
-        window = layout.at([slice(a, b) for a, b in zip(low, high, strict=False)])
+        window = layout.at([slice(a, b) for a, b in zip(low, high, strict=True)])
         area = (high[0] - low[0]) * (high[1] - low[1])
         members = [
             _Box(
@@ -307,7 +307,7 @@ def _chunk(
                 (weights[0].pixels(place, low[0]), weights[1].pixels(place, low[1])),
                 (along_y[place], along_x[place]),
             )
-            for number, place in zip(chosen[places].tolist(), places.tolist(), strict=False)
+            for number, place in zip(chosen[places].tolist(), places.tolist(), strict=True)
         ]
         crowded = int((weights[0].counts[places] * weights[1].counts[places]).sum()) >= area
         at_once = max(1, WORKSPACE // (area * _compute_dtype(array).itemsize))
@@ -427,7 +427,7 @@ def _add_weight_gradient(
         parts = [_contract(grad[_at(axes[axis], s.bins)], lines[_at(axes[axis], s.pixels)], axes[axis]) for s in slopes]
         if all(_is_finite(part) for part in parts):
             break
-    for slope, part in zip(slopes, parts, strict=False):
+    for slope, part in zip(slopes, parts, strict=True):
         slope.matrix[...] += part
 
 

@@ -108,9 +108,9 @@ class AxisWeights:
         return [
             [
                 Block(bins, slice(a, b), flat[c:d].reshape(bins.stop - bins.start, b - a))
-                for bins, a, b, c, d in zip(self._bins, *spans, strict=False)
+                for bins, a, b, c, d in zip(self._bins, *spans, strict=True)
             ]
-            for spans in zip(*self._spans, strict=False)
+            for spans in zip(*self._spans, strict=True)
         ]
 
 

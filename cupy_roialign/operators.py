@@ -46,7 +46,8 @@ def crop_and_resize(
         extrapolation_value: the value of samples outside of the image.
 
     Returns:
-        (K, C, height, width) crops in the image's dtype (float32 for integers and bool) and memory order. A box
+        (K, C, height, width) crops in the image's dtype (float32 for integers and bool), channels-last in memory if the
+        image is. A box
         with a coordinate that is not finite gives NaN.
 
     Raises:
@@ -76,7 +77,7 @@ def _crop_and_resize(
     home = dispatch.home(image=image, boxes=boxes, box_indices=box_indices)
     validation.features("image", image)
     validation.boxes("boxes", boxes)
-    validation.batch_indices("box_indices", box_indices, "boxes", len(boxes))
+    validation.batch_indices("box_indices", box_indices, "boxes", boxes.shape[0])
     rule = Rule(
         Dialect.CROP_AND_RESIZE,
         validation.size("crop_size", crop_size),
@@ -112,7 +113,8 @@ def roi_crop(
         transform_fpcoor: sample the middles of bins rather than corner to corner.
 
     Returns:
-        (K, C, height, width) crops in the features' dtype (float32 for integers and bool) and memory order. A box
+        (K, C, height, width) crops in the features' dtype (float32 for integers and bool), channels-last in memory if
+        they are. A box
         with a coordinate that is not finite gives NaN.
 
     Raises:
@@ -141,7 +143,7 @@ def _roi_crop(
     home = dispatch.home(features=features, boxes=boxes, box_indices=box_indices)
     validation.features("features", features)
     validation.boxes("boxes", boxes)
-    validation.batch_indices("box_indices", box_indices, "boxes", len(boxes))
+    validation.batch_indices("box_indices", box_indices, "boxes", boxes.shape[0])
     centers = validation.flag("transform_fpcoor", transform_fpcoor)
     rule = Rule(
         Dialect.ROI_CROP_CENTERS if centers else Dialect.ROI_CROP_CORNERS,
@@ -188,14 +190,14 @@ def roi_align(
         batch_indices: (K,) integers in [0, N): the image of each box, for (K, 4) boxes.
 
     Returns:
-        (K, C, height, width) averages in the features' dtype (float32 for integers and bool) and memory order. A
-        sample more than one pixel outside of the outermost pixel centres counts as 0; nearer ones take the value
-        at the border. A box with a coordinate that is not finite gives NaN.
+        (K, C, height, width) averages in the features' dtype (float32 for integers and bool), channels-last in memory
+        if they are. A sample more than one pixel outside of the outermost pixel centres counts as 0; nearer ones take
+        the value at the border. A box with a coordinate that is not finite gives NaN.
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type, dtype, shape or value.
-        IndexError: a batch index is not a whole number in [0, N), or is off one by more than 1/64 in a column of
-            boxes; the message names the first such box.
+        IndexError: a batch index is not a whole number in [0, N), or in a column of boxes is off one by more than
+            1/64; the message names the first such box.
 
     Gradients (``vjp``, autograd) are those of the averages as they are computed, with the number of samples held
     fixed. Where a sample sits on a pixel's centre the slope toward larger coordinates is taken; in the band around
@@ -251,7 +253,7 @@ def _roi_align(
             f"pass (K, 5) boxes with the batch index first, or a list with one (L_i, 4) array for each image"
         )
     else:
-        validation.batch_indices("batch_indices", batch_indices, "boxes", len(boxes))
+        validation.batch_indices("batch_indices", batch_indices, "boxes", boxes.shape[0])
     rule = Rule(
         Dialect.ROI_ALIGN,
         validation.size("output_size", output_size),

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
-from cupy_roialign import arrays, numpy_backend, operators
+from cupy_roialign import arrays, numpy_backend, operators, validation
 from cupy_roialign.dispatch import Request
 from cupy_roialign.geometry import Rule
 from cupy_roialign.operators import crop_and_resize, roi_crop
@@ -55,6 +55,8 @@ def roi_align(
 class RoIAlign(torch.nn.Module):
     """RoIAlign.pytorch's module: `cupy_roialign.roi_crop` of boxes ``x1, y1, x2, y2`` in pixels of the features.
 
+    Not torchvision's module of that name, whose function is `roi_align` here.
+
     >>> import torch
     >>> from cupy_roialign.torch import RoIAlign
     >>> columns = torch.arange(10.0).expand(1, 1, 10, 10)
@@ -66,6 +68,7 @@ class RoIAlign(torch.nn.Module):
         self, crop_height: int, crop_width: int, extrapolation_value: float = 0, transform_fpcoor: bool = True
     ) -> None:
         super().__init__()
+        validation.size("(crop_height, crop_width)", (crop_height, crop_width))
         self.crop_height = crop_height
         self.crop_width = crop_width
         self.extrapolation_value = extrapolation_value
@@ -88,6 +91,7 @@ class CropAndResize(torch.nn.Module):
 
     def __init__(self, crop_height: int, crop_width: int, extrapolation_value: float = 0) -> None:
         super().__init__()
+        validation.size("(crop_height, crop_width)", (crop_height, crop_width))
         self.crop_height = crop_height
         self.crop_width = crop_width
         self.extrapolation_value = extrapolation_value

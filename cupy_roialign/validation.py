@@ -97,7 +97,11 @@ def size(name: str, value: Any) -> tuple[int, int]:
             raise ValueError(
                 f"{name} must be an int or a pair (height, width); got {value!r}, which has {len(pair)} entries"
             )
-    height, width = (integer(name, entry, "an int or a pair of ints (height, width)") for entry in pair)
+    expected = "an int or a pair of ints (height, width)"
+    try:
+        height, width = (integer(name, entry, expected) for entry in pair)
+    except TypeError:
+        raise TypeError(f"{name} must be {expected}; got {value!r}") from None
     if height < 1 or width < 1:
         raise ValueError(f"{name} must be at least 1 in height and width; got {value!r}")
     if max(height, width) > MOST_BINS:

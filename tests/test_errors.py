@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import cupy_roialign as cr
+from tests import tolerance
 
 FEATURES = np.arange(2 * 3 * 8 * 9, dtype=np.float32).reshape(2, 3, 8, 9)
 NORMALISED = np.array([[0.1, 0.2, 0.8, 0.9], [0.0, 0.0, 1.0, 1.0]], np.float32)
@@ -164,6 +165,33 @@ def test_index_noise_in_a_column_does_not_move_a_box_to_another_image():
     exact = cr.roi_align(FEATURES, rows, 2)
     rows[:, 0] -= 1e-6
     np.testing.assert_array_equal(cr.roi_align(FEATURES, rows, 2), exact)
+
+
+@pytest.mark.parametrize("noise", [1e-6, 0.015])
+def test_how_much_noise_an_index_may_have(noise):
+    rows = ROWS.astype(np.float64)
+    rows[1, 0] += noise
+    np.testing.assert_array_equal(cr.roi_align(FEATURES, rows, 2), cr.roi_align(FEATURES, ROWS.astype(np.float64), 2))
+    rows[1, 0] = 1 + 0.016
+    with pytest.raises(IndexError):
+        cr.roi_align(FEATURES, rows, 2)
+
+
+def test_the_last_image_of_a_narrow_column():
+    """2049 images, which is no float16; 2048, the index of the last, is."""
+    images = np.broadcast_to(np.float32(1), (2049, 1, 2, 2))
+    assert cr.roi_align(images, np.array([[2048, 0, 0, 1, 1]], np.float16), 1).item() == 1
+
+
+def test_most_samples():
+    assert np.isfinite(cr.roi_align(FEATURES, ROWS, 1, sampling_ratio=4096)).all()
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+def test_masked_arrays_and_matrices():
+    with pytest.raises(TypeError, match="features is a masked array"):
+        cr.roi_crop(np.ma.masked_array(FEATURES), PIXELS, INDICES, 2)
+    np.testing.assert_array_equal(cr.roi_align(FEATURES, np.matrix(ROWS), 2), cr.roi_align(FEATURES, ROWS, 2))
 
 
 def test_no_images_but_boxes():
@@ -331,7 +359,7 @@ def test_a_bad_pixel_reaches_only_the_bins_that_touch_it(channels, value, backen
     expected = clean.copy()
     expected[:, 1][touched[:, 0] > 0] = value
     assert (touched > 0).any()
-    np.testing.assert_array_equal(output, expected)
+    tolerance.assert_close(output, expected, tolerance.OUTPUT["float32"])
 
 
 @pytest.mark.parametrize("channels", [2, 20])
@@ -350,6 +378,22 @@ def test_a_bad_gradient_reaches_only_the_pixels_that_made_its_bin(channels, valu
     expected[touched > 0] = value
     assert 1 <= (touched > 0).sum() <= 4
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [2, 20])
+def test_a_bad_pixel_that_no_sample_touches_leaves_the_gradient_to_the_boxes_alone(channels, backend):
+    rng = np.random.default_rng(0)
+    features = rng.uniform(-1, 1, (1, channels, 20, 20)).astype(np.float32)
+    boxes, indices = np.array([[1.3, 1.2, 18.4, 17.7]], np.float32), np.array([0])
+    cotangent = rng.uniform(-1, 1, (1, channels, 7, 7)).astype(np.float32)
+    touched, _, _ = backend.vjp(
+        cr.roi_crop, (np.arange(400).reshape(1, 1, 20, 20) == 209).astype(np.float32), boxes, indices, 7
+    )
+    assert not touched.any()
+    _, _, clean = backend.vjp(cr.roi_crop, features, boxes, indices, 7, cotangent=cotangent)
+    features[0, 1, 10, 9] = np.inf
+    _, _, gradient = backend.vjp(cr.roi_crop, features, boxes, indices, 7, cotangent=cotangent)
+    np.testing.assert_allclose(gradient, clean, rtol=1e-4, atol=1e-4)
 
 
 def test_both_infinities_in_one_bin():

@@ -157,6 +157,31 @@ def test_shapes_of_the_box_gradient():
     np.testing.assert_allclose(np.concatenate(by_image), by_row[:, 1:], rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_uneven_lists_of_boxes(kind):
+    features = np.random.default_rng(1).uniform(-1, 1, (3, 2, 8, 11))
+    parts = kind([PIXEL_BOXES[:0], PIXEL_BOXES[:1], PIXEL_BOXES[1:]])
+    output, pullback = cr.vjp(cr.roi_align, features, parts, 3, 1.0, 2)
+    _, by_image = pullback(np.ones_like(output))
+    together, joined_pullback = cr.vjp(
+        cr.roi_align, features, PIXEL_BOXES, 3, 1.0, 2, batch_indices=np.array([1, 2, 2, 2])
+    )
+    np.testing.assert_array_equal(output, together)
+    assert [len(part) for part in by_image] == [0, 1, 3]
+    np.testing.assert_array_equal(np.concatenate(by_image), joined_pullback(np.ones_like(output))[1])
+
+
+def test_an_offset_of_the_features_does_not_blur_the_gradient_to_the_boxes():
+    rng = np.random.default_rng(5)
+    features = rng.integers(-8, 8, (2, 64, 20, 20)).astype(np.float32)
+    boxes = PIXEL_BOXES.astype(np.float32)
+    cotangent = rng.uniform(-1, 1, (4, 64, 5, 5)).astype(np.float32)
+    plain, shifted = (
+        cr.vjp(cr.roi_crop, features + np.float32(offset), boxes, INDICES, 5)[1](cotangent)[1] for offset in (0, 2**16)
+    )
+    np.testing.assert_allclose(shifted, plain, atol=1e-4 * np.abs(plain).max())
+
+
 def test_box_gradient_has_the_dtype_of_the_boxes():
     features = np.ones(SHAPE, np.float64)
     for dtype in (np.float16, np.float32, np.float64):
