@@ -75,7 +75,7 @@ class AxisWeights:
     @staticmethod
     def estimate_bytes(rule: geometry.Rule, axis: geometry.Axis, bins: int, size: int) -> np.ndarray:
         """(K,) about how much memory the weights of each box take while they are made."""
-        samples = bins * axis.samples
+        samples = bins * axis.samples.astype(np.float64)
         if rule.sampling_ratio == 0:  # at most about two samples a pixel lie inside
             samples = np.minimum(samples, 2 * size + bins * geometry.EVERY_SAMPLE)
         width = np.fmin(size, np.abs(axis.bin.astype(np.float64)) * min(BLOCK, bins) + 3)

@@ -256,7 +256,7 @@ def _has_memory(tensor: torch.Tensor) -> bool:
         if tensor.untyped_storage().device.type == "meta":
             return False
         return tensor.numel() == 0 or tensor.data_ptr() != 0
-    except (RuntimeError, NotImplementedError):  # within a transform of torch.func, which unwraps it later
+    except RuntimeError:  # within a transform of torch.func, which unwraps it later
         return True
 
 

@@ -152,3 +152,12 @@ def test_memory_follows_the_box_and_not_the_image():
     features = np.zeros((1, 32, 1000, 1000), np.float32)  # 128 MB
     box = np.array([[500, 500, 540, 540]], np.float32)
     assert peak(lambda: cr.roi_align(features, box, 7, 1.0, 2, batch_indices=np.array([0]))) < MIB
+
+
+def test_memory_of_many_samples_a_bin(monkeypatch):
+    """What `sampling_ratio` asks for is worked off a few boxes at a time."""
+    monkeypatch.setattr(numpy_backend, "WORKSPACE", MIB)
+    features = np.ones((1, 1, 4, 4), np.float32)
+    boxes = np.tile(np.array([[0.5, 0.5, 3.5, 3.5]], np.float32), (40, 1))
+    indices = np.zeros(40, np.int64)
+    assert peak(lambda: cr.roi_align(features, boxes, 7, 1.0, 2048, batch_indices=indices)) < 12 * MIB
