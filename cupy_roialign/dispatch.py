@@ -103,9 +103,9 @@ def home(**named: Any) -> Home:
             f"{name} must be in the CPU's memory, or a CuPy array; got {_describe(first)}; copy it there first"
         )
     if library == "torch":
-        from cupy_roialign import torch
+        from cupy_roialign import autograd
 
-        tensors = torch.TensorHome()
+        tensors = autograd.TensorHome()
         for other, tensor in named.items():
             tensors.check(other, tensor)
         return tensors
