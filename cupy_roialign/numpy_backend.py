@@ -20,7 +20,10 @@ from cupy_roialign import arrays, geometry, validation
 from cupy_roialign.numpy_weights import AxisWeights, Block, Pixels
 
 WORKSPACE = 64 * 2**20
-"""Bytes that a copy of features may take, and as many the weights of the boxes at work."""
+"""Bytes that a copy of features may take, and as many the weights of the boxes at work.
+
+The weights of a single box may take more: about 220 bytes for each sample along an axis.
+"""
 
 FEW_CHANNELS = 16
 """Below, an image is worked on as planes, (C, H, W); from here on as pixels, (H, W, C)."""

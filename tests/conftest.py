@@ -28,7 +28,19 @@ class NumpyBackend:
         return operator(*args, **kwargs)
 
 
-class TorchBackend:
+class ElsewhereBackend:
+    """NumPy arrays go over as what `tensor` makes of them, alone or in a list."""
+
+    def convert(self, value):
+        if isinstance(value, list) and value and isinstance(value[0], np.ndarray):
+            return [self.tensor(part) for part in value]
+        return self.tensor(value) if isinstance(value, np.ndarray) else value
+
+    def options(self, args, kwargs):
+        return [self.convert(a) for a in args], {k: self.convert(v) for k, v in kwargs.items()}
+
+
+class TorchBackend(ElsewhereBackend):
     """The same through tensors and autograd. Integer features have no gradient in autograd: None."""
 
     name = "torch"
@@ -45,13 +57,8 @@ class TorchBackend:
             array = array.copy(order="K")
         return self.torch.from_numpy(array)
 
-    def convert(self, value):
-        if isinstance(value, list) and value and isinstance(value[0], np.ndarray):
-            return [self.tensor(part) for part in value]
-        return self.tensor(value) if isinstance(value, np.ndarray) else value
-
     def vjp(self, operator, features, boxes, *args, cotangent=None, **kwargs):
-        args, kwargs = [self.convert(a) for a in args], {k: self.convert(v) for k, v in kwargs.items()}
+        args, kwargs = self.options(args, kwargs)
         features, boxes = self.convert(features), self.convert(boxes)
         leaves = [features, *(boxes if isinstance(boxes, list) else [boxes])]
         for leaf in leaves:
@@ -65,11 +72,11 @@ class TorchBackend:
         return (output.detach().numpy(), *gradients)
 
     def __call__(self, operator, *args, **kwargs):
-        args, kwargs = [self.convert(a) for a in args], {k: self.convert(v) for k, v in kwargs.items()}
+        args, kwargs = self.options(args, kwargs)
         return operator(*args, **kwargs).numpy()
 
 
-class EmulatedBackend:
+class EmulatedBackend(ElsewhereBackend):
     """CuPy's backend on the emulated device: the launch code and the kernels as they are."""
 
     name = "emulated"
@@ -90,13 +97,8 @@ class EmulatedBackend:
         view[...] = array
         return self.cupy.ndarray(view)
 
-    def convert(self, value):
-        if isinstance(value, list) and value and isinstance(value[0], np.ndarray):
-            return [self.tensor(part) for part in value]
-        return self.tensor(value) if isinstance(value, np.ndarray) else value
-
     def vjp(self, operator, features, boxes, *args, cotangent=None, **kwargs):
-        args, kwargs = [self.convert(a) for a in args], {k: self.convert(v) for k, v in kwargs.items()}
+        args, kwargs = self.options(args, kwargs)
         output, pullback = cr.vjp(operator, self.convert(features), self.convert(boxes), *args, **kwargs)
         if cotangent is None:
             return output.get(), None, None
@@ -105,7 +107,7 @@ class EmulatedBackend:
         return output.get(), grad_features.get(), grad_boxes
 
     def __call__(self, operator, *args, **kwargs):
-        args, kwargs = [self.convert(a) for a in args], {k: self.convert(v) for k, v in kwargs.items()}
+        args, kwargs = self.options(args, kwargs)
         return operator(*args, **kwargs).get()
 
 
