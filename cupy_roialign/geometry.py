@@ -65,11 +65,10 @@ class Axis(NamedTuple):
     start_slope: tuple[float, float]  # d start / d (lo, hi)
     bin_slope: tuple[np.ndarray, np.ndarray]  # d bin / d (lo, hi), each (K,)
 
-    def part(self, start: int, stop: int) -> Axis:
+    def of(self, boxes: slice) -> Axis:
         """Some of the boxes."""
-        cut = slice(start, stop)
-        bin_slope = (self.bin_slope[0][cut], self.bin_slope[1][cut])
-        return Axis(self.start[cut], self.bin[cut], self.samples[cut], self.start_slope, bin_slope)
+        bin_slope = (self.bin_slope[0][boxes], self.bin_slope[1][boxes])
+        return Axis(self.start[boxes], self.bin[boxes], self.samples[boxes], self.start_slope, bin_slope)
 
     def edge_gradient(self, of_start: np.ndarray, of_bin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The gradients to (lo, hi) from those to `start` and `bin`."""
@@ -77,10 +76,19 @@ class Axis(NamedTuple):
         return low, high
 
 
-class Samples(NamedTuple):
-    """All samples of K boxes that lie inside the image on one axis, in the order of (k, p, i)."""
+class Part(NamedTuple):
+    """Some of a box's samples on one axis."""
 
-    row: np.ndarray  # (S,) int64, k*bins + p
+    bins: range
+    first: int = 0  # in each bin the samples from here
+    stop: int = np.iinfo(np.int64).max  # up to here
+
+
+class Samples(NamedTuple):
+    """The samples of K boxes that lie inside the image on one axis, in the order of (k, p, i)."""
+
+    box: np.ndarray  # (S,) int64, k
+    bin: np.ndarray  # (S,) int64, p
     number: np.ndarray  # (S,) int64, i
     low: np.ndarray  # (S,) int64, the tap at or below the position
     high: np.ndarray  # (S,) int64, the next tap
@@ -160,15 +168,19 @@ def resolve(rule: Rule, boxes: np.ndarray, axis: int, size: int) -> Axis:
     return Axis(start, step, samples, start_slope, (-growth, growth))
 
 
-def inside_samples(rule: Rule, axis: Axis, bins: int, size: int) -> Samples:
-    """The samples of `axis` that lie inside an image of `size` pixels, with their taps.
+def inside_samples(rule: Rule, axis: Axis, part: Part, size: int) -> Samples:
+    """Those samples of `part` that lie inside an image of `size` pixels, with their taps.
 
     At most about 2*size + 2*bins a box, however many its bins hold, unless `sampling_ratio` asks for more.
     """
     real = axis.start.dtype.type
+    bins = len(part.bins)
     with np.errstate(all="ignore"):
-        origin = (axis.start[:, None] + np.arange(bins, dtype=axis.start.dtype) * axis.bin[:, None]).ravel()
-        first, stop = _candidates(rule, axis, origin.reshape(-1, bins), size)
+        origin = _origins(axis, part.bins)
+        first, stop = _candidates(rule, axis, origin, size)
+        first = np.maximum(first, part.first)
+        stop = np.clip(stop, first, part.stop)
+        origin = origin.ravel()
         count = (stop - first).ravel()
         row = np.repeat(np.arange(count.size), count)
         before = np.cumsum(count) - count
@@ -179,7 +191,22 @@ def inside_samples(rule: Rule, axis: Axis, bins: int, size: int) -> Samples:
         # `>=` and `<=`, so that a position that is NaN is outside.
         inside = (position >= -1) & (position <= size) if rule.clamps else (position >= 0) & (position <= size - 1)
     row, index, position = row[inside], index[inside], position[inside]
-    return Samples(row, index, *_taps(rule, position, size))
+    box, bin_ = np.divmod(row, bins)
+    return Samples(box, bin_ + part.bins.start, index, *_taps(rule, position, size))
+
+
+def sample_range(rule: Rule, axis: Axis, bin: int, size: int) -> range:
+    """Of one box and bin: the samples outside of which none lies inside the image."""
+    with np.errstate(all="ignore"):
+        first, stop = _candidates(rule, axis, _origins(axis, range(bin, bin + 1)), size)
+    return range(first.item(), stop.item())
+
+
+def _origins(axis: Axis, bins: range) -> np.ndarray:
+    """(K, bins) where each bin begins."""
+    numbers = np.arange(bins.start, bins.stop).astype(axis.start.dtype)
+    origins: np.ndarray = axis.start[:, None] + numbers * axis.bin[:, None]
+    return origins
 
 
 def _candidates(rule: Rule, axis: Axis, origin: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -20,10 +20,7 @@ from cupy_roialign import arrays, geometry, validation
 from cupy_roialign.numpy_weights import AxisWeights, Block, Pixels
 
 WORKSPACE = 64 * 2**20
-"""Bytes that a copy of features may take, and as many the weights of the boxes at work.
-
-The weights of a single box may take more: about 220 bytes for each sample along an axis.
-"""
+"""Bytes that a copy of features may take, and as many the weights of the boxes at work, and a crop."""
 
 FEW_CHANNELS = 16
 """Below, an image is worked on as planes, (C, H, W); from here on as pixels, (H, W, C)."""
@@ -61,7 +58,11 @@ def forward(features: np.ndarray, boxes: np.ndarray, batch_indices: np.ndarray, 
         return output
     layout = _Layout.of(features)
     for chunk in _chunks(features, boxes, batch_indices, rule):
-        output[chunk.empty] = 0
+        target = chunk.of(output)
+        if chunk.is_first:
+            target[chunk.empty] = 0
+        if chunk.is_part and chunk.is_first:
+            total = np.zeros(target.shape[1:], _compute_dtype(features))
         for piece in chunk.pieces:
             source = _Source(features, layout, piece)
             for box in piece.boxes:
@@ -69,11 +70,15 @@ def forward(features: np.ndarray, boxes: np.ndarray, batch_indices: np.ndarray, 
                 crop = _resample(window, source.dtype, box, layout.axes, _product)
                 if not _is_finite(crop):
                     crop = _resample(window, source.dtype, box, layout.axes, _exact_product)
-                layout.view(output[box.number, piece.channels])[...] = crop
+                if chunk.is_part:
+                    so_far = layout.view(total[piece.channels])
+                    so_far += crop
+                    crop = so_far
+                layout.view(target[box.number, piece.channels])[...] = crop
         if rule.extrapolation_value != 0:
             value = np.array(rule.extrapolation_value).astype(output.dtype)
             for index, outside in chunk.outside():
-                np.copyto(output[index], value, where=outside)
+                np.copyto(target[index], value, where=outside)
     output[~geometry.finite_boxes(rule, boxes)] = np.nan
     return output
 
@@ -95,11 +100,12 @@ def feature_gradient(
     if grad_output.size and total.size:
         layout = _Layout.of(total)
         for chunk in _chunks(total, boxes, batch_indices, rule):
+            grads = chunk.of(grad_output)
             for piece in chunk.pieces:
                 target = layout.view(total[piece.image, piece.channels])[piece.window]
                 part = target if _blas_reads(target) else np.zeros(target.shape, total.dtype)
                 for box in piece.boxes:
-                    grad = layout.view(grad_output[box.number, piece.channels]).astype(total.dtype, copy=False)
+                    grad = layout.view(grads[box.number, piece.channels]).astype(total.dtype, copy=False)
                     product = _product if _is_finite(grad) else _exact_product
                     _add_spread(part, grad, box, layout, product)
                 if part is not target:
@@ -118,20 +124,21 @@ def box_gradient(
     if grad_output.size and not rule.nearest:
         layout = _Layout.of(features)
         for chunk in _chunks(features, boxes, batch_indices, rule):
+            grads = chunk.of(grad_output)
             flats = [np.zeros_like(weights.flat) for weights in chunk.weights]
             slopes = [weights.blocks(flat) for weights, flat in zip(chunk.weights, flats, strict=True)]
             for piece in chunk.pieces:
                 source = _Source(features, layout, piece)
                 for box in piece.boxes:
                     window = source.level_window(box)
-                    grad = layout.view(grad_output[box.number, piece.channels]).astype(source.dtype, copy=False)
+                    grad = layout.view(grads[box.number, piece.channels]).astype(source.dtype, copy=False)
                     for axis in (0, 1):
                         _add_weight_gradient(slopes[axis][box.place], axis, grad, window, box, layout.axes)
             for axis in (0, 1):
                 of_start, of_bin = chunk.weights[axis].position_gradient(flats[axis])
                 low, high = chunk.axes[axis].edge_gradient(of_start, of_bin)
-                gradient[chunk.boxes, rule.columns[axis]] = low
-                gradient[chunk.boxes, rule.columns[axis + 2]] = high
+                gradient[chunk.boxes, rule.columns[axis]] += low
+                gradient[chunk.boxes, rule.columns[axis + 2]] += high
     gradient[np.ix_(~geometry.finite_boxes(rule, boxes), np.array(rule.columns))] = np.nan
     return gradient.astype(dtype.newbyteorder("="), copy=False)
 
@@ -253,13 +260,20 @@ class _Piece(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """Boxes whose weights are in memory together, sorted by image."""
+    """Boxes whose weights are in memory together, sorted by image; or a part of one that is too large for that."""
 
     boxes: np.ndarray
     axes: list[geometry.Axis]
     weights: list[AxisWeights]
     pieces: list[_Piece]
     empty: np.ndarray  # those boxes that touch no pixel
+    is_part: bool = False
+    is_first: bool = True  # part of these bins
+
+    def of(self, crops: np.ndarray) -> np.ndarray:
+        """(K, C, bins_y, bins_x) those bins of all crops that are at work."""
+        y, x = (slice(weights.bins.start, weights.bins.stop) for weights in self.weights)
+        return crops[:, :, y, x]
 
     def outside(self) -> Iterator[tuple[int, np.ndarray]]:
         """The boxes with samples outside of the image, and which: (bins_y, bins_x) bool. For one sample a bin."""
@@ -274,16 +288,47 @@ def _chunks(array: np.ndarray, boxes: np.ndarray, batch_indices: np.ndarray, rul
     order = np.argsort(batch_indices, kind="stable")
     sizes = array.shape[2:]
     axes = [geometry.resolve(rule, boxes[order], axis, sizes[axis]) for axis in (0, 1)]
-    cost = sum(AxisWeights.estimate_bytes(rule, axes[axis], rule.bins[axis], sizes[axis]) for axis in (0, 1))
-    ends = np.cumsum(cost)
+    along_y, along_x = (AxisWeights.estimate_bytes(rule, axes[a], rule.bins[a], sizes[a]) for a in (0, 1))
+    cost = along_y + along_x
+    if array.shape[1] * math.prod(rule.bins) * _compute_dtype(array).itemsize > WORKSPACE:
+        cost[:] = math.inf
+    ends = np.cumsum(np.minimum(cost, 2 * WORKSPACE))
+    whole = [geometry.Part(range(bins)) for bins in rule.bins]
     start = 0
     while start < len(order):
         limit = WORKSPACE + (ends[start - 1] if start else 0)
-        stop = max(start + 1, int(np.searchsorted(ends, limit)))
-        part = [axis.part(start, stop) for axis in axes]
-        weights = [AxisWeights(rule, part[a], rule.bins[a], sizes[a], _compute_dtype(array)) for a in (0, 1)]
-        yield _chunk(array, order[start:stop], batch_indices[order[start:stop]], part, weights)
-        start = stop
+        chosen = slice(start, max(start + 1, int(np.searchsorted(ends, limit))))
+        boxes_at_work, images = order[chosen], batch_indices[order[chosen]]
+        part = [axis.of(chosen) for axis in axes]
+        if cost[start] <= WORKSPACE:
+            weights = [AxisWeights(rule, part[a], whole[a], sizes[a], _compute_dtype(array)) for a in (0, 1)]
+            yield _chunk(array, boxes_at_work, images, part, weights)
+        else:
+            yield from _cut(array, boxes_at_work, images, part, rule)
+        start = chosen.stop
+
+
+def _cut(
+    array: np.ndarray, chosen: np.ndarray, images: np.ndarray, axes: list[geometry.Axis], rule: geometry.Rule
+) -> Iterator[_Chunk]:
+    """One box, in parts that the workspace holds; the parts of the same bins one after another."""
+    dtype, sizes = _compute_dtype(array), array.shape[2:]
+    numbers_at_once = max(1, WORKSPACE // (array.shape[1] * dtype.itemsize))  # of each channel
+    rows = max(1, min(rule.bins[0], numbers_at_once // rule.bins[1]))
+    at_most = (rows, max(1, numbers_at_once // rows))
+
+    def parts(axis: int) -> Iterator[list[geometry.Part]]:
+        return AxisWeights.cut(rule, axes[axis], rule.bins[axis], sizes[axis], at_most[axis], WORKSPACE / 2)
+
+    for parts_y in parts(0):
+        for parts_x in parts(1):
+            is_first = True
+            for y in parts_y:
+                along_y = AxisWeights(rule, axes[0], y, sizes[0], dtype)
+                for x in parts_x:
+                    weights = [along_y, AxisWeights(rule, axes[1], x, sizes[1], dtype)]
+                    yield _chunk(array, chosen, images, axes, weights)._replace(is_part=True, is_first=is_first)
+                    is_first = False
 
 
 def _chunk(

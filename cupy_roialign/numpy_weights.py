@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -32,12 +33,13 @@ class AxisWeights:
     samples, and no more than the image.
     """
 
-    def __init__(self, rule: geometry.Rule, axis: geometry.Axis, bins: int, size: int, dtype: np.dtype):
-        count = len(axis.start)
-        self.samples = samples = geometry.inside_samples(rule, axis, bins, size)
-        self.box, self.bin = np.divmod(samples.row, bins)
+    def __init__(self, rule: geometry.Rule, axis: geometry.Axis, part: geometry.Part, size: int, dtype: np.dtype):
+        count, bins = len(axis.start), len(part.bins)
+        self.bins = part.bins
+        samples = geometry.inside_samples(rule, axis, part, size)
+        self.box, self.bin = samples.box, samples.bin - part.bins.start
         self.share = 1.0 / axis.samples[self.box]  # (S,) the part that a sample has in its bin
-        self.lever = self.bin + (samples.number + rule.offset) * self.share  # (S,) d position / d bin
+        self.lever = samples.bin + (samples.number + rule.offset) * self.share  # (S,) d position / d bin
 
         # The pixels of each box, and each tap's place among them.
         self.first, self.stop = _span(self.box, samples.low, samples.high, count)
@@ -78,8 +80,29 @@ class AxisWeights:
         samples = bins * axis.samples.astype(np.float64)
         if rule.sampling_ratio == 0:  # at most about two samples a pixel lie inside
             samples = np.minimum(samples, 2 * size + bins * geometry.EVERY_SAMPLE)
-        width = np.fmin(size, np.abs(axis.bin.astype(np.float64)) * min(BLOCK, bins) + 3)
-        return 150 * samples + 24 * bins * width + 1000
+        pitch = np.abs(axis.bin.astype(np.float64))
+        width, extent = (np.fmin(size, pitch * count + 3) for count in (min(BLOCK, bins), bins))
+        return 150 * samples + 24 * bins * width + 20 * extent + 1000
+
+    @staticmethod
+    def cut(
+        rule: geometry.Rule, axis: geometry.Axis, bins: int, size: int, at_most: int, limit: float
+    ) -> Iterator[list[geometry.Part]]:
+        """Of one box: parts of at most so many bins, whose weights take about `limit` bytes.
+
+        If those of a single bin take more, its samples are cut too; parts of the same bins come as one list.
+        """
+        whole = AxisWeights.estimate_bytes(rule, axis, bins, size).item()
+        at_once = max(1, min(at_most, int(bins * limit / whole)))
+        for start in range(0, bins, at_once):
+            group = range(start, min(start + at_once, bins))
+            if len(group) > 1:
+                yield [geometry.Part(group)]
+                continue
+            samples = geometry.sample_range(rule, axis, start, size)
+            step = max(1, int(len(samples) * limit / AxisWeights.estimate_bytes(rule, axis, 1, size).item()))
+            firsts = range(samples.start, max(samples.stop, samples.start + 1), step)
+            yield [geometry.Part(group, first, first + step) for first in firsts]
 
     def pixels(self, box: int, origin: int) -> Pixels:
         """The pixels that a box touches, counted from `origin`."""

@@ -7,7 +7,7 @@ import pytest
 
 import cupy_roialign as cr
 from cupy_roialign import geometry, numpy_backend
-from cupy_roialign.geometry import Dialect, Rule
+from cupy_roialign.geometry import Dialect, Part, Rule
 from cupy_roialign.numpy_weights import AxisWeights
 from tests.test_oracle import lay_out
 
@@ -57,7 +57,7 @@ def test_samples_tried_for_a_huge_box(edges, real, dialect, options):
         first, stop = geometry._candidates(rule, axis, origin, SIZE)
     tried = int((stop - first).sum())
     assert tried <= 2 * SIZE + BINS * (geometry.EVERY_SAMPLE + 16)
-    weights = AxisWeights(rule, axis, BINS, SIZE, np.dtype(np.float32))
+    weights = AxisWeights(rule, axis, Part(range(BINS)), SIZE, np.dtype(np.float32))
     assert weights.flat.size <= BINS * SIZE
     assert weights.counts.max() <= SIZE
 
@@ -74,10 +74,10 @@ def test_no_sample_inside_is_passed_over(real):
         {"sampling_ratio": 40, "aligned": True},
     ):
         rule, axis = along_x(edges, Dialect.ROI_ALIGN, real, **options)
-        quick = geometry.inside_samples(rule, axis, BINS, SIZE)
+        quick = geometry.inside_samples(rule, axis, Part(range(BINS)), SIZE)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(geometry, "EVERY_SAMPLE", 2**40)
-            every = geometry.inside_samples(rule, axis, BINS, SIZE)
+            every = geometry.inside_samples(rule, axis, Part(range(BINS)), SIZE)
         for a, b in zip(quick, every, strict=True):
             np.testing.assert_array_equal(a, b)
         assert (axis.samples > geometry.EVERY_SAMPLE).sum() > 100
@@ -128,7 +128,7 @@ def test_memory(name, boxes, monkeypatch):
     side = int((2 * MIB / channels / np.dtype(dtype).itemsize) ** 0.5)
     features = lay_out(np.ones((1, channels, side, side), dtype), order)
     rng = np.random.default_rng(0)
-    count = 1 if boxes.startswith("one") else 100
+    count = {"one of the whole image": 1, "huge": 10}.get(boxes, 100)
     if boxes.startswith("one"):
         corners = np.array([[0, 0, side, side]])
     elif boxes == "huge":
@@ -161,3 +161,39 @@ def test_memory_of_many_samples_a_bin(monkeypatch):
     boxes = np.tile(np.array([[0.5, 0.5, 3.5, 3.5]], np.float32), (40, 1))
     indices = np.zeros(40, np.int64)
     assert peak(lambda: cr.roi_align(features, boxes, 7, 1.0, 2048, batch_indices=indices)) < 12 * MIB
+
+
+LARGE = {
+    # features' shape, box, output size, options
+    "a row of pixels": ((1, 1, 1, 500_000), (0, 0, 500_000, 1), 3, {}),
+    "a row of pixels, one bin": ((1, 2, 1, 250_000), (-7e5, 0, 1e6, 1), 1, {}),
+    "a column of pixels": ((1, 1, 500_000, 1), (0, 0, 1, 500_000), 3, {}),
+    "a column of halves": ((1, 20, 60_000, 1), (0, 0, 1, 60_000), 2, {}),
+    "few samples far apart": ((1, 1, 1, 500_000), (0, 0, 500_000, 1), (1, 300), {"sampling_ratio": 1}),
+    "many samples a bin": ((1, 1, 200, 200), (20, 20, 150, 150), (3, 9), {"sampling_ratio": 4096}),
+    "many bins": ((1, 3, 100, 100), (5, 5, 70, 90), (90, 1100), {"sampling_ratio": 2}),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_one_box_that_the_workspace_does_not_hold(name, monkeypatch):
+    """It is worked off in parts: the same numbers, and memory that is bounded."""
+    shape, box, size, options = LARGE[name]
+    rng = np.random.default_rng(0)
+    dtype = np.float16 if "halves" in name else np.float32
+    features = rng.random(shape).astype(dtype)
+    boxes, indices = np.array([box, box], np.float32), np.zeros(2, np.int64)
+    rule = Rule(Dialect.ROI_ALIGN, np.broadcast_to(size, 2).tolist(), X1_Y1_X2_Y2, **{"sampling_ratio": 0, **options})
+    grad = rng.random((2, shape[1], *rule.bins)).astype(dtype)
+    calls = [
+        lambda: numpy_backend.forward(features, boxes, indices, rule),
+        lambda: numpy_backend.feature_gradient(grad, features, boxes, indices, rule),
+        lambda: numpy_backend.box_gradient(grad, features, boxes, indices, rule),
+    ]
+    whole = [call() for call in calls]
+    monkeypatch.setattr(numpy_backend, "WORKSPACE", MIB)
+    for call, expected in zip(calls, whole, strict=True):
+        actual = call()
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(actual / scale, expected / scale, atol=1e-3 if dtype == np.float16 else 2e-6)
+        assert peak(call) <= 2 * features.nbytes + 4 * MIB

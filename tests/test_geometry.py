@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cupy_roialign import arrays, geometry
-from cupy_roialign.geometry import Dialect, Rule
+from cupy_roialign.geometry import Dialect, Part, Rule
 from tests import oracle
 
 SIZE, BINS = 60, 5
@@ -20,7 +20,7 @@ def integer_edges(real):
 
 def along_x(rule, low, high):
     boxes = np.stack([low, 0 * low, high, 0 * low + 9], axis=1)
-    return geometry.inside_samples(rule, geometry.resolve(rule, boxes, 1, SIZE), BINS, SIZE)
+    return geometry.inside_samples(rule, geometry.resolve(rule, boxes, 1, SIZE), Part(range(BINS)), SIZE)
 
 
 @pytest.mark.parametrize("real", [np.float32, np.float64])
@@ -31,7 +31,7 @@ def test_roi_align(scale, sampling_ratio, aligned, real):
     low, high = integer_edges(real)
     rule = Rule(Dialect.ROI_ALIGN, (BINS, BINS), X1_Y1_X2_Y2, scale, sampling_ratio, aligned)
     found = along_x(rule, low, high)
-    taps = zip(found.row, found.number, found.low, found.fraction, strict=True)
+    taps = zip(found.box * BINS + found.bin, found.number, found.low, found.fraction, strict=True)
     actual = {(int(row), int(number)): (int(pixel), float(fraction)) for row, number, pixel, fraction in taps}
     expected = {}
     for k in range(len(low)):
@@ -52,7 +52,9 @@ def test_crops(op, real):
         low, high = low / real(150), high / real(150)
     rule = Rule(Dialect[op.upper()], (BINS, BINS), X1_Y1_X2_Y2)
     found = along_x(rule, low, high)
-    actual = dict(zip(found.row.tolist(), (found.low.astype(real) + found.fraction).tolist(), strict=True))
+    actual = dict(
+        zip((found.box * BINS + found.bin).tolist(), (found.low.astype(real) + found.fraction).tolist(), strict=True)
+    )
     expected = {}
     for k in range(len(low)):
         for p, ((position, _, _),) in enumerate(oracle.positions(op, low[k], high[k], SIZE, BINS, real)):
