@@ -22,6 +22,11 @@ def dtype_name(array: Any) -> str:
     return getattr(array.dtype, "name", None) or str(array.dtype).rpartition(".")[2]
 
 
+def strides(array: Any) -> tuple[int, ...]:
+    """In bytes or, a tensor's, in elements."""
+    return array.stride() if hasattr(array, "stride") else array.strides
+
+
 def output_name(name: str) -> str:
     """The dtype of crops of features of dtype `name`: floats stay, integers and booleans give float32."""
     return name if name in FLOATS else "float32"

@@ -1,4 +1,4 @@
-"""Tensors: autograd Functions around the NumPy backend, with which they share memory over DLPack."""
+"""Tensors: autograd Functions around the backends."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-import torch.utils.dlpack
 
-from cupy_roialign import arrays, numpy_backend
+from cupy_roialign import arrays, tensors
 from cupy_roialign.geometry import Rule
 
 if TYPE_CHECKING:
@@ -34,9 +32,11 @@ class TensorHome:
             )
 
     def join(self, boxes: list[torch.Tensor], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        lengths = torch.tensor([len(part) for part in boxes], dtype=torch.int64, device=like.device)
-        joined = torch.cat(boxes) if boxes else torch.zeros((0, 4), device=like.device)
-        return joined, torch.repeat_interleave(lengths)
+        if not boxes:
+            return torch.zeros((0, 4), device=like.device), torch.zeros(0, dtype=torch.int64, device=like.device)
+        # One by one: on a GPU torch.repeat_interleave waits, and a copy from the host's memory does, too.
+        indices = [torch.full((len(part),), i, dtype=torch.int64, device=like.device) for i, part in enumerate(boxes)]
+        return torch.cat(boxes), torch.cat(indices)
 
     def column(self, boxes: torch.Tensor) -> torch.Tensor:
         return boxes.detach()[:, 0]
@@ -49,11 +49,11 @@ class TensorHome:
 
         def pullback(grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return (
-                _feature_gradient(grad_output, _like(features), boxes, batch_indices, rule),
-                _box_gradient(grad_output, features, boxes, batch_indices, rule),
+                tensors.feature_gradient(grad_output, _like(features), boxes, batch_indices, rule),
+                tensors.box_gradient(grad_output, features, boxes, batch_indices, rule),
             )
 
-        return _forward(features, boxes, batch_indices, rule), pullback
+        return tensors.forward(features, boxes, batch_indices, rule), pullback
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
@@ -66,7 +66,7 @@ class _RoI(torch.autograd.Function):
 
     @staticmethod
     def forward(features: torch.Tensor, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule) -> torch.Tensor:
-        return _forward(features, boxes, batch_indices, rule)
+        return tensors.forward(features, boxes, batch_indices, rule)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -93,7 +93,7 @@ class _FeatureGradient(torch.autograd.Function):
     def forward(
         grad_output: torch.Tensor, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule, like: arrays.Like
     ) -> torch.Tensor:
-        return _feature_gradient(grad_output, like, boxes, batch_indices, rule)
+        return tensors.feature_gradient(grad_output, like, boxes, batch_indices, rule)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -119,7 +119,7 @@ class _BoxGradient(torch.autograd.Function):
     def forward(
         grad_output: torch.Tensor, features: torch.Tensor, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule
     ) -> torch.Tensor:
-        return _box_gradient(grad_output, features, boxes, batch_indices, rule)
+        return tensors.box_gradient(grad_output, features, boxes, batch_indices, rule)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -144,37 +144,3 @@ def _has_memory(tensor: torch.Tensor) -> bool:
 
 def _like(features: torch.Tensor) -> arrays.Like:
     return arrays.Like(tuple(features.shape), features.stride(), arrays.dtype_name(features))
-
-
-def _forward(features: torch.Tensor, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule) -> torch.Tensor:
-    crops = numpy_backend.forward(_array(features), _array(boxes), _array(batch_indices), rule)
-    return _tensor(crops, arrays.output_name(arrays.dtype_name(features)))
-
-
-def _feature_gradient(
-    grad_output: torch.Tensor, like: arrays.Like, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule
-) -> torch.Tensor:
-    wide = like._replace(dtype="float32") if like.dtype == "bfloat16" else like
-    gradient = numpy_backend.feature_gradient(_array(grad_output), wide, _array(boxes), _array(batch_indices), rule)
-    return _tensor(gradient, arrays.output_name(like.dtype))
-
-
-def _box_gradient(
-    grad_output: torch.Tensor, features: torch.Tensor, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule
-) -> torch.Tensor:
-    gradient = numpy_backend.box_gradient(
-        _array(grad_output), _array(features), _array(boxes), _array(batch_indices), rule
-    )
-    return _tensor(gradient, arrays.dtype_name(boxes))
-
-
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor's memory as a NumPy array, which has no bfloat16: such a tensor is copied to float32."""
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()
-    return np.from_dlpack(tensor.resolve_neg())
-
-
-def _tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
-    return torch.utils.dlpack.from_dlpack(array).to(getattr(torch, dtype))

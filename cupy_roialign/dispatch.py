@@ -98,9 +98,12 @@ def home(**named: Any) -> Home:
         from cupy_roialign import cupy_backend
 
         return ArrayHome(cupy_backend, _same, _same)
-    if place != _CPU:
+    if library == "torch" and place.startswith("cuda"):
+        _need_cupy(name, first)
+    elif place != _CPU:
         raise TypeError(
-            f"{name} must be in the CPU's memory, or a CuPy array; got {_describe(first)}; copy it there first"
+            f"{name} must be in the CPU's memory, a CuPy array or a CUDA tensor; got {_describe(first)}; copy it there "
+            f"first"
         )
     if library == "torch":
         from cupy_roialign import autograd
@@ -120,6 +123,16 @@ def home(**named: Any) -> Home:
             f"pass numpy.from_dlpack({name}) and convert the result"
         )
     return ArrayHome(numpy_backend, _from_dlpack, namespace().from_dlpack)
+
+
+def _need_cupy(name: str, tensor: Any) -> None:
+    try:
+        import cupy  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is a {_describe(tensor)}, and kernels for the GPU are compiled by CuPy, which cannot be imported "
+            f"({error}); pip install 'cupy_roialign[cuda13]', or [cuda12] for a driver older than 580"
+        ) from error
 
 
 def _kind(array: Any) -> tuple[str, str]:

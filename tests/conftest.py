@@ -1,8 +1,10 @@
 """Backends that one body of tests runs on, and what is common to all test files."""
 
+import contextlib
 import os
 
 import hypothesis
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -55,7 +57,14 @@ class TorchBackend(ElsewhereBackend):
             array = np.array(array, array.dtype.newbyteorder("="))
         if not array.flags.writeable:
             array = array.copy(order="K")
+        if array.dtype.name == "bfloat16":  # which NumPy has from a package, and torch of its own
+            return self.torch.from_numpy(array.view(np.int16)).view(self.torch.bfloat16)
         return self.torch.from_numpy(array)
+
+    def array(self, tensor):
+        if tensor.dtype == self.torch.bfloat16:
+            return tensor.view(self.torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
 
     def vjp(self, operator, features, boxes, *args, cotangent=None, **kwargs):
         args, kwargs = self.options(args, kwargs)
@@ -67,13 +76,13 @@ class TorchBackend(ElsewhereBackend):
         gradients = [None, None]
         if cotangent is not None:
             output.backward(self.tensor(cotangent).to(output.dtype))
-            grads = [None if leaf.grad is None else leaf.grad.numpy() for leaf in leaves]
+            grads = [None if leaf.grad is None else self.array(leaf.grad) for leaf in leaves]
             gradients = [grads[0], grads[1:] if isinstance(boxes, list) else grads[1]]
-        return (output.detach().numpy(), *gradients)
+        return (self.array(output.detach()), *gradients)
 
     def __call__(self, operator, *args, **kwargs):
         args, kwargs = self.options(args, kwargs)
-        return operator(*args, **kwargs).numpy()
+        return self.array(operator(*args, **kwargs))
 
 
 class EmulatedBackend(ElsewhereBackend):
@@ -111,6 +120,33 @@ class EmulatedBackend(ElsewhereBackend):
         return operator(*args, **kwargs).get()
 
 
+class EmulatedTorchBackend(TorchBackend):
+    """What is done with CUDA tensors, done with the CPU's, whose memory the emulated device shares."""
+
+    name = "torch on the emulated device"
+
+    @contextlib.contextmanager
+    def device(self, stream=0):
+        from cupy_roialign import tensors
+
+        class Backend(tensors._CudaBackend):
+            def stream(self, array):
+                return stream
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tensors, "_on_cpu", lambda tensor: False)
+            patch.setattr(tensors, "_cuda", Backend())
+            yield
+
+    def vjp(self, *args, **kwargs):
+        with self.device():
+            return super().vjp(*args, **kwargs)
+
+    def __call__(self, *args, **kwargs):
+        with self.device():
+            return super().__call__(*args, **kwargs)
+
+
 @pytest.fixture(scope="session")
 def emulated_cupy():
     """CuPy's stand-in, in CuPy's place; see tests/emulate."""
@@ -125,8 +161,9 @@ def emulated_cupy():
         yield cupy
 
 
-@pytest.fixture(params=["numpy", "torch", "emulated"], scope="session")
+@pytest.fixture(params=["numpy", "torch", "emulated", "emulated-torch"], scope="session")
 def backend(request):
-    if request.param == "emulated":
-        return EmulatedBackend(request.getfixturevalue("emulated_cupy"))
+    if request.param.startswith("emulated"):
+        cupy = request.getfixturevalue("emulated_cupy")
+        return EmulatedTorchBackend() if request.param == "emulated-torch" else EmulatedBackend(cupy)
     return {"numpy": NumpyBackend, "torch": TorchBackend}[request.param]()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import cupy_roialign as cr
-from cupy_roialign import arrays, geometry, kernels, numpy_backend
+from cupy_roialign import arrays, geometry, gpu_backend, kernels, numpy_backend
 from cupy_roialign.geometry import Dialect, Rule
 from tests import tolerance
 
@@ -118,7 +118,7 @@ def test_positions_are_the_same_to_the_bit(real, size, cupy):
         arguments = np.zeros((), kernels.ARGUMENTS)
         arguments["boxes"], arguments["result"], arguments["count"] = device.data.ptr, result.data.ptr, count
         arguments["box_strides"], arguments["size"] = (4, 1), size
-        arguments["rule"] = kernels.rule_fields(rule)
+        arguments["rule"] = np.frombuffer(kernels.rule_bytes(rule), kernels.RULE)[0]
         kernel((-(-count // 64),), (64,), (arguments,))
         expected = np.zeros((count, 2, 8), real)
         k = np.arange(count)
@@ -148,14 +148,15 @@ def test_positions_are_the_same_to_the_bit(real, size, cupy):
 
 
 def test_the_backends_mirror_each_other(cupy):
-    from cupy_roialign import cupy_backend
+    from cupy_roialign import cupy_backend, tensors
 
     def public(module):
-        functions = inspect.getmembers(module, inspect.isfunction)
-        own = {name: f for name, f in functions if f.__module__ == module.__name__ and not name.startswith("_")}
-        return {name: list(inspect.signature(f).parameters) for name, f in own.items() if name != "types_of"}
+        functions = inspect.getmembers(module, inspect.isroutine)
+        own = {name: f for name, f in functions if f.__module__.startswith("cupy_roialign") and name[0] != "_"}
+        return {name: list(inspect.signature(f).parameters) for name, f in own.items()}
 
     assert public(cupy_backend) == public(numpy_backend)
+    assert public(tensors).items() < public(numpy_backend).items()
     assert len(public(numpy_backend)) == 4
 
 
@@ -190,9 +191,31 @@ def test_the_structure_of_arguments_is_that_of_the_kernels(cupy):
     assert result.get().tolist() == [i + 1 for i in range(len(fields))]
 
 
-def test_every_instantiation_that_is_asked_for_is_listed(cupy):
-    from cupy_roialign import cupy_backend
+def test_arguments_are_packed_in_the_order_of_their_names():
+    shapes = ((2, 3, 4, 5), (7, 3, 8, 9), (7, 5), (7,), (7, 3, 8, 9))
+    at_work = [
+        kernels.View(100 + i, tuple(range(10 * i, 10 * i + len(shape))), shape, "int16" if i == 3 else "float32")
+        for i, shape in enumerate(shapes)
+    ]
+    rule = Rule(Dialect.ROI_CROP_CORNERS, (8, 9), (2, 1, 4, 3), 0.25, 6, True, True, -1.5)
+    packed = kernels.arguments(at_work, rule, 77, 11)
+    fields = {name: packed[name].tolist() for name in kernels.ARGUMENTS.names if name != "rule"}
+    assert {name: packed["rule"][name].tolist() for name in kernels.RULE.names} == {
+        "spatial_scale": 0.25, "extrapolation_value": -1.5, "dialect": 2, "bins": [8, 9], "columns": [2, 1, 4, 3],
+        "sampling_ratio": 6, "aligned": 1, "nearest": 1,
+    }  # fmt: skip
+    assert fields == {
+        "features": 100, "grad_output": 101, "boxes": 102, "batch_indices": 103, "result": 104,
+        "feature_strides": [0, 1, 2, 3], "output_strides": [10, 11, 12, 13], "box_strides": [20, 21],
+        "index_stride": 30, "images": 2, "count": 7, "first_block": 77, "channels": 3, "size": [4, 5],
+        "index_kind": 2, "channels_at_once": 11, "box_columns": 5,
+    }  # fmt: skip
 
+
+def test_every_instantiation_that_is_asked_for_is_listed(cupy):
+    from cupy_roialign.cupy_backend import CupyBackend
+
+    backend = CupyBackend()
     known = set(kernels.every_types())
     asked = set()
     for features, boxes, grad, order in itertools.product(
@@ -207,11 +230,12 @@ def test_every_instantiation_that_is_asked_for_is_listed(cupy):
         planes = cupy.empty(shape, features)
         if order == "NHWC":
             planes = cupy.empty((2, 4, 5, 3), features).transpose(0, 3, 1, 2)
-        planes = cupy_backend._known(planes)
-        crops = cupy_backend._readable(cupy.empty(shape, grad), planes)
+        planes = backend._known(planes)
+        crops = backend._readable(cupy.empty(shape, grad), arrays.dtype_name(planes))
         output = cupy.empty(shape, arrays.output_name(features))
         for rule, each in itertools.product(RULES, (crops, output)):
-            asked.add(cupy_backend.types_of(planes, planes, each, cupy.empty((1, 4), boxes), rule))
+            taken = backend.cast(cupy.empty((1, 4), boxes), kernels.box_name(boxes))
+            asked.add(gpu_backend.types_of(*map(backend.view, (planes, each, taken)), rule))
     assert asked <= known
     assert {types for types in known if types.features != "bfloat16" and not types.large} == asked
 
@@ -244,31 +268,28 @@ def test_offsets_of_64_bits_give_the_same(cupy, monkeypatch):
     narrow = run(cupy, *arguments)
     kernels_before = {launch["kernel"] for launch in cupy.launches}
     monkeypatch.setattr(kernels, "LARGE", 1)
-    from cupy_roialign import cupy_backend
+    from cupy_roialign.cupy_backend import CupyBackend
 
-    features = cupy.asarray(arguments[0])
-    rule = RULES[-1]
-    assert cupy_backend.types_of(features, features, features, cupy.asarray(arguments[1]), rule).large
+    features, boxes = (CupyBackend().view(cupy.asarray(array)) for array in arguments[:2])
+    assert gpu_backend.types_of(features, features, boxes, RULES[-1]).large
     for a, b in zip(narrow, run(cupy, *arguments), strict=True):
         np.testing.assert_array_equal(a, b)
     assert kernels_before == set(kernels.KERNELS)
 
 
 def test_the_reach_of_a_view_decides_and_not_its_size(cupy):
-    from cupy_roialign import cupy_backend
+    from cupy_roialign.cupy_backend import CupyBackend
 
     wide = cupy.ndarray(np.broadcast_to(np.zeros(1, np.float32), (3, 2, 2**16, 2**15)))
-    assert cupy_backend._reach(wide) == 0
+    assert CupyBackend().view(wide).reach == 0
     far = cupy.ndarray(np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (2, 1, 1, 1), (4 * 2**31, 4, 4, 4)))
-    assert cupy_backend._reach(far) == 2**31
+    assert CupyBackend().view(far).reach == 2**31
 
 
 def test_launches_in_parts(cupy, monkeypatch):
-    from cupy_roialign import cupy_backend
-
     arguments = problem()
     whole = run(cupy, *arguments)
-    monkeypatch.setattr(cupy_backend, "MOST_BLOCKS", 7)
+    monkeypatch.setattr(gpu_backend, "MOST_BLOCKS", 7)
     cupy.launches.clear()
     for a, b in zip(whole, run(cupy, *arguments), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -257,7 +257,8 @@ def test_devices():
     with pytest.raises(TypeError, match=r"features and boxes .*torch.Tensor on the CPU and torch.Tensor on meta"):
         cr.roi_crop(features(), BOXES.to("meta"), INDICES, 3)
     with pytest.raises(
-        TypeError, match=r"features must be in the CPU's memory, or a CuPy array; got torch\.Tensor on meta"
+        TypeError,
+        match=r"features must be in the CPU's memory, a CuPy array or a CUDA tensor; got torch\.Tensor on meta",
     ):
         cr.roi_crop(features().to("meta"), BOXES.to("meta"), INDICES.to("meta"), 3)
 

@@ -255,8 +255,13 @@ class _Stream:
         pass
 
 
+class _ExternalStream(_Stream):
+    def __init__(self, ptr: int, device_id: int = -1):
+        self.ptr = ptr
+
+
 cuda = types.ModuleType("cupy.cuda")
-cuda.Device, cuda.Stream = _Device, _Stream  # type: ignore[attr-defined]
+cuda.Device, cuda.Stream, cuda.ExternalStream = _Device, _Stream, _ExternalStream  # type: ignore[attr-defined]
 cuda.is_available = lambda: True  # type: ignore[attr-defined]
 
 

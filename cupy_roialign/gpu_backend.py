@@ -1,0 +1,155 @@
+"""The GPU: an operator and its two gradients, for arrays of any library that lie in a GPU's memory.
+
+What differs from library to library (CuPy, PyTorch) is in the methods that a subclass gives; all else is here. Work
+goes to the device of the arrays and to the library's current stream there. Nothing waits for the GPU, but where
+`checked` asks for it. Shapes and dtypes have been checked (validation.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import numpy as np
+
+from cupy_roialign import arrays, checks, geometry, kernels, validation
+
+THREADS = 256  # of a block, as in the kernels
+OUTPUTS = 8 * THREADS  # of a block
+MOST_BLOCKS = 2**31 - 1  # of a launch
+TILE = 8  # a side of what a block works on: of bins, or of pixels in the gradient to features
+
+
+class GpuBackend:
+    """The names and signatures of numpy_backend.py."""
+
+    # ---- a library's arrays ----
+
+    def on(self, array: Any) -> contextlib.AbstractContextManager[object]:
+        """Within it, launches go to the array's device and the library's current stream there."""
+        raise NotImplementedError
+
+    def place(self, array: Any) -> tuple[int, tuple[int, ...]]:
+        """The address of the first element, and the strides in elements."""
+        raise NotImplementedError
+
+    def cast(self, array: Any, dtype: str) -> Any:
+        """The array in a dtype; itself if it has that."""
+        raise NotImplementedError
+
+    def empty(self, shape: tuple[int, ...], dtype: str, beside: Any) -> Any:
+        """A new array on the device of `beside`."""
+        raise NotImplementedError
+
+    def moved(self, array: Any, axes: tuple[int, ...]) -> Any:
+        """A view with other axes."""
+        raise NotImplementedError
+
+    def host(self, array: Any) -> np.ndarray:
+        """A copy in the CPU's memory."""
+        raise NotImplementedError
+
+    # ---- the operators ----
+
+    def forward(self, features: Any, boxes: Any, batch_indices: Any, rule: geometry.Rule) -> Any:
+        """(K, C, bins_y, bins_x) crops, in the memory order of `features`; NaN for a broken box."""
+        with self.on(features):
+            features = self._known(features)
+            dtype = arrays.output_name(arrays.dtype_name(features))
+            output = self._allocate((len(boxes), features.shape[1], *rule.bins), dtype, features, features)
+            blocks, area = _tiles(rule.bins)
+            self._launch("forward", blocks * len(boxes), area, features, output, boxes, batch_indices, rule, output)
+            return output
+
+    def feature_gradient(
+        self, grad_output: Any, features: Any, boxes: Any, batch_indices: Any, rule: geometry.Rule
+    ) -> Any:
+        """The gradient to the features, in their memory order; float32 where they are integers.
+
+        A block owns a part of it, and adds the boxes that touch that part in their order: the same bits each time.
+        """
+        with self.on(grad_output):
+            dtype = arrays.output_name(arrays.dtype_name(features))
+            gradient = self._allocate(tuple(features.shape), dtype, features, grad_output)
+            grad = self._readable(grad_output, dtype)
+            blocks, area = _tiles(tuple(features.shape[2:]))
+            blocks *= features.shape[0]
+            self._launch("feature_gradient", blocks, area, gradient, grad, boxes, batch_indices, rule, gradient)
+            return gradient
+
+    def box_gradient(self, grad_output: Any, features: Any, boxes: Any, batch_indices: Any, rule: geometry.Rule) -> Any:
+        """The gradient to the boxes, in their shape; NaN for a broken box, 0 in a batch index column."""
+        with self.on(features):
+            features = self._known(features)
+            grad = self._readable(grad_output, arrays.dtype_name(features))
+            gradient = self.empty(tuple(boxes.shape), kernels.box_name(arrays.dtype_name(boxes)), features)
+            self._launch("box_gradient", len(boxes), 0, features, grad, boxes, batch_indices, rule, gradient)
+            return self.cast(gradient, arrays.dtype_name(boxes))
+
+    def _launch(
+        self,
+        name: str,
+        blocks: int,
+        area: int,
+        planes: Any,
+        crops: Any,
+        boxes: Any,
+        batch_indices: Any,
+        rule: geometry.Rule,
+        result: Any,
+    ) -> None:
+        """Runs a kernel over `blocks` tiles of `area` outputs for each channel; 0: a block takes all channels.
+
+        `planes`: the features or their gradient. `crops`: the output or its gradient.
+        """
+        if checks.wanted():
+            validation.whole_indices(self.host(batch_indices), planes.shape[0])
+        boxes = self.cast(boxes, kernels.box_name(arrays.dtype_name(boxes)))
+        if arrays.dtype_name(batch_indices) in arrays.FLOATS:
+            batch_indices = self.cast(batch_indices, arrays.dtype_name(boxes))
+        channels = planes.shape[1]
+        at_once = max(1, min(channels, OUTPUTS // area)) if area else channels
+        blocks *= -(-channels // at_once) if area else 1
+        if blocks == 0:
+            return
+        at_work = [self.view(array) for array in (planes, crops, boxes, batch_indices, result)]
+        kernel = kernels.kernel(name, types_of(at_work[0], at_work[1], at_work[2], rule))
+        for first in range(0, blocks, MOST_BLOCKS):
+            arguments = kernels.arguments(at_work, rule, first, at_once)
+            kernel((min(MOST_BLOCKS, blocks - first),), (THREADS,), (arguments,))
+
+    def view(self, array: Any) -> kernels.View:
+        """What a kernel reads an array as."""
+        name = arrays.dtype_name(array)
+        return kernels.View(*self.place(array), tuple(array.shape), "uint8" if name == "bool" else name)
+
+    def _known(self, features: Any) -> Any:
+        """Features in a dtype that there are kernels for, and that computes the same."""
+        name = arrays.dtype_name(features)
+        return features if name in (*kernels.CTYPES, "bool") else self.cast(features, "float32")
+
+    def _readable(self, grad_output: Any, features: str) -> Any:
+        """The gradient in a dtype that there are kernels for: that of the output, or that which is computed in."""
+        if arrays.dtype_name(grad_output) == arrays.output_name(features):
+            return grad_output
+        return self.cast(grad_output, arrays.compute_name(features))
+
+    def _allocate(self, shape: tuple[int, ...], dtype: str, like: Any, beside: Any) -> Any:
+        """An array of (N or K, C, height, width), channels-last in memory where `like` is."""
+        if not arrays.is_channels_last(like.shape, arrays.strides(like)):
+            return self.empty(shape, dtype, beside)
+        count, channels, height, width = shape
+        return self.moved(self.empty((count, height, width, channels), dtype, beside), (0, 3, 1, 2))
+
+
+def types_of(planes: kernels.View, crops: kernels.View, boxes: kernels.View, rule: geometry.Rule) -> kernels.Types:
+    """The instantiation for some arrays; one of `kernels.every_types`."""
+    large = max(planes.reach, crops.reach) >= kernels.LARGE
+    channels_last = arrays.is_channels_last(planes.shape, planes.strides)
+    precision = geometry.precision(rule, planes.dtype, boxes.dtype)
+    return kernels.Types(planes.dtype, crops.dtype, boxes.dtype, precision, large, channels_last)
+
+
+def _tiles(size: tuple[int, ...]) -> tuple[int, int]:
+    """How many tiles cover a size, and how many places the largest has."""
+    return -(-size[0] // TILE) * -(-size[1] // TILE), min(size[0], TILE) * min(size[1], TILE)

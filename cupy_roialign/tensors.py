@@ -1,0 +1,109 @@
+"""The backends on tensors: the names and signatures of numpy_backend.py.
+
+On the CPU a tensor and NumPy's array share memory over DLPack. On a GPU a kernel takes a tensor's address; memory
+for results is torch's, and so is the stream.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.utils.dlpack
+
+from cupy_roialign import arrays, gpu_backend, numpy_backend
+from cupy_roialign.geometry import Rule
+
+
+def forward(features: torch.Tensor, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule) -> torch.Tensor:
+    if _on_cpu(features):
+        crops = numpy_backend.forward(_array(features), _array(boxes), _array(batch_indices), rule)
+        return _tensor(crops, arrays.output_name(arrays.dtype_name(features)))
+    return _cuda.forward(_plain(features), _plain(boxes), _plain(batch_indices), rule)
+
+
+def feature_gradient(
+    grad_output: torch.Tensor,
+    features: torch.Tensor | arrays.Like,
+    boxes: torch.Tensor,
+    batch_indices: torch.Tensor,
+    rule: Rule,
+) -> torch.Tensor:
+    if _on_cpu(grad_output):
+        like = arrays.Like(tuple(features.shape), arrays.strides(features), arrays.dtype_name(features))
+        gradient = numpy_backend.feature_gradient(
+            _array(grad_output),
+            like._replace(dtype="float32") if like.dtype == "bfloat16" else like,
+            _array(boxes),
+            _array(batch_indices),
+            rule,
+        )
+        return _tensor(gradient, arrays.output_name(like.dtype))
+    return _cuda.feature_gradient(_plain(grad_output), features, _plain(boxes), _plain(batch_indices), rule)
+
+
+def box_gradient(
+    grad_output: torch.Tensor, features: torch.Tensor, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule
+) -> torch.Tensor:
+    if _on_cpu(grad_output):
+        gradient = numpy_backend.box_gradient(
+            _array(grad_output), _array(features), _array(boxes), _array(batch_indices), rule
+        )
+        return _tensor(gradient, arrays.dtype_name(boxes))
+    return _cuda.box_gradient(_plain(grad_output), _plain(features), _plain(boxes), _plain(batch_indices), rule)
+
+
+def _on_cpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Without autograd, and with each element in memory as it is."""
+    return tensor.detach().resolve_neg()
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's memory as a NumPy array, which has no bfloat16: such a tensor is copied to float32."""
+    tensor = _plain(tensor)
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.float()
+    return np.from_dlpack(tensor)
+
+
+def _tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
+    return torch.utils.dlpack.from_dlpack(array).to(getattr(torch, dtype))
+
+
+class _CudaBackend(gpu_backend.GpuBackend):
+    @contextlib.contextmanager
+    def on(self, array: torch.Tensor) -> Iterator[None]:
+        # The thread that runs backward has a current device and stream of its own, and so has CuPy.
+        import cupy
+
+        with cupy.cuda.Device(array.device.index), cupy.cuda.ExternalStream(self.stream(array)):
+            yield
+
+    def stream(self, array: torch.Tensor) -> int:
+        pointer: int = torch.cuda.current_stream(array.device).cuda_stream
+        return pointer
+
+    def place(self, array: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+        return array.data_ptr(), array.stride()
+
+    def cast(self, array: torch.Tensor, dtype: str) -> torch.Tensor:
+        return array.to(getattr(torch, dtype))
+
+    def empty(self, shape: tuple[int, ...], dtype: str, beside: torch.Tensor) -> torch.Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=beside.device)
+
+    def moved(self, array: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+        return array.permute(axes)
+
+    def host(self, array: torch.Tensor) -> np.ndarray:
+        return array.cpu().numpy()
+
+
+_cuda: Any = _CudaBackend()
