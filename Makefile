@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test test-gpu check bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## crop a real photo in every dialect, write the picture, say what was done
 	@$(BIN)/python examples/crops.py
@@ -26,6 +26,15 @@ check: $(READY) ## lint, format and types
 
 bench: $(READY) ## time the workloads on the CPU, beside torchvision where it is installed
 	@$(BIN)/python -m benchmarks
+
+SANITIZER ?= compute-sanitizer
+RESULTS ?= benchmarks/results
+
+test-gpu: ## with a GPU, and CuPy, torch and pytest in $(PYTHON): tests, compute-sanitizer, benchmark
+	CUPY_ROIALIGN_REQUIRE_GPU=1 $(PYTHON) -m pytest -q -m gpu
+	for tool in memcheck racecheck initcheck synccheck; do \
+	    $(SANITIZER) --tool $$tool --error-exitcode 1 $(PYTHON) -m tests.sanitize || exit 1; done
+	$(PYTHON) -m benchmarks.gpu --out $(RESULTS)
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

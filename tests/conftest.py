@@ -1,14 +1,12 @@
-"""Backends that one body of tests runs on, and what is common to all test files."""
+"""What is common to all test files: the backends as fixtures, and what each needs."""
 
-import contextlib
 import os
 
 import hypothesis
-import ml_dtypes
-import numpy as np
 import pytest
 
-import cupy_roialign as cr
+from tests import backends, emulate
+from tests.emulate import device
 
 hypothesis.settings.register_profile(
     "default", deadline=None, derandomize=True, max_examples=int(os.environ.get("CUPY_ROIALIGN_EXAMPLES", 100))
@@ -16,154 +14,87 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
-class NumpyBackend:
-    """Calls with NumPy arrays in and out; a test written for this runs on any backend."""
-
-    name = "numpy"
-
-    def vjp(self, operator, features, boxes, *args, cotangent=None, **kwargs):
-        """Output, gradient to the features and to the boxes (None without a cotangent)."""
-        output, pullback = cr.vjp(operator, features, boxes, *args, **kwargs)
-        return (output, *(pullback(cotangent) if cotangent is not None else (None, None)))
-
-    def __call__(self, operator, *args, **kwargs):
-        return operator(*args, **kwargs)
-
-
-class ElsewhereBackend:
-    """NumPy arrays go over as what `tensor` makes of them, alone or in a list."""
-
-    def convert(self, value):
-        if isinstance(value, list) and value and isinstance(value[0], np.ndarray):
-            return [self.tensor(part) for part in value]
-        return self.tensor(value) if isinstance(value, np.ndarray) else value
-
-    def options(self, args, kwargs):
-        return [self.convert(a) for a in args], {k: self.convert(v) for k, v in kwargs.items()}
-
-
-class TorchBackend(ElsewhereBackend):
-    """The same through tensors and autograd. Integer features have no gradient in autograd: None."""
-
-    name = "torch"
-
-    def __init__(self):
-        self.torch = pytest.importorskip("torch")
-
-    def tensor(self, array):
-        """Shares memory, strides included, where torch can: not for negative strides or swapped bytes."""
-        array = np.asarray(array)
-        if not array.dtype.isnative or any(s < 0 for s in array.strides):
-            array = np.array(array, array.dtype.newbyteorder("="))
-        if not array.flags.writeable:
-            array = array.copy(order="K")
-        if array.dtype.name == "bfloat16":  # which NumPy has from a package, and torch of its own
-            return self.torch.from_numpy(array.view(np.int16)).view(self.torch.bfloat16)
-        return self.torch.from_numpy(array)
-
-    def array(self, tensor):
-        if tensor.dtype == self.torch.bfloat16:
-            return tensor.view(self.torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
-
-    def vjp(self, operator, features, boxes, *args, cotangent=None, **kwargs):
-        args, kwargs = self.options(args, kwargs)
-        features, boxes = self.convert(features), self.convert(boxes)
-        leaves = [features, *(boxes if isinstance(boxes, list) else [boxes])]
-        for leaf in leaves:
-            leaf.requires_grad_(leaf.dtype.is_floating_point)
-        output = operator(features, boxes, *args, **kwargs)
-        gradients = [None, None]
-        if cotangent is not None:
-            output.backward(self.tensor(cotangent).to(output.dtype))
-            grads = [None if leaf.grad is None else self.array(leaf.grad) for leaf in leaves]
-            gradients = [grads[0], grads[1:] if isinstance(boxes, list) else grads[1]]
-        return (self.array(output.detach()), *gradients)
-
-    def __call__(self, operator, *args, **kwargs):
-        args, kwargs = self.options(args, kwargs)
-        return self.array(operator(*args, **kwargs))
-
-
-class EmulatedBackend(ElsewhereBackend):
-    """CuPy's backend on the emulated device: the launch code and the kernels as they are."""
-
-    name = "emulated"
-
-    def __init__(self, cupy):
-        self.cupy = cupy
-
-    def tensor(self, array):
-        """On the device, with the same strides; in the machine's byte order and aligned, as all is there."""
-        if not array.dtype.isnative or not array.flags.aligned:
-            array = np.array(array, array.dtype.newbyteorder("="))
-        if not array.size:
-            return self.cupy.asarray(array)
-        before = -sum((n - 1) * step for n, step in zip(array.shape, array.strides, strict=True) if step < 0)
-        after = sum((n - 1) * step for n, step in zip(array.shape, array.strides, strict=True) if step > 0)
-        memory = self.cupy.empty(before + after + array.itemsize, np.uint8)._array
-        view = np.ndarray(array.shape, array.dtype, memory, before, array.strides)
-        view[...] = array
-        return self.cupy.ndarray(view)
-
-    def vjp(self, operator, features, boxes, *args, cotangent=None, **kwargs):
-        args, kwargs = self.options(args, kwargs)
-        output, pullback = cr.vjp(operator, self.convert(features), self.convert(boxes), *args, **kwargs)
-        if cotangent is None:
-            return output.get(), None, None
-        grad_features, grad_boxes = pullback(self.tensor(cotangent))
-        grad_boxes = [part.get() for part in grad_boxes] if isinstance(grad_boxes, list) else grad_boxes.get()
-        return output.get(), grad_features.get(), grad_boxes
-
-    def __call__(self, operator, *args, **kwargs):
-        args, kwargs = self.options(args, kwargs)
-        return operator(*args, **kwargs).get()
-
-
-class EmulatedTorchBackend(TorchBackend):
-    """What is done with CUDA tensors, done with the CPU's, whose memory the emulated device shares."""
-
-    name = "torch on the emulated device"
-
-    @contextlib.contextmanager
-    def device(self, stream=0):
-        from cupy_roialign import tensors
-
-        class Backend(tensors._CudaBackend):
-            def stream(self, array):
-                return stream
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tensors, "_on_cpu", lambda tensor: False)
-            patch.setattr(tensors, "_cuda", Backend())
-            yield
-
-    def vjp(self, *args, **kwargs):
-        with self.device():
-            return super().vjp(*args, **kwargs)
-
-    def __call__(self, *args, **kwargs):
-        with self.device():
-            return super().__call__(*args, **kwargs)
-
-
-@pytest.fixture(scope="session")
-def emulated_cupy():
-    """CuPy's stand-in, in CuPy's place; see tests/emulate."""
-    from tests import emulate
-    from tests.emulate import device
-
+def _need_compiler():
     if not device.compiler_found():
         if os.environ.get("CI"):
             pytest.fail("g++ is needed to run the kernels on the emulated device")
         pytest.skip("no g++, which runs the kernels on the emulated device")
-    with emulate.installed() as cupy:
-        yield cupy
 
 
-@pytest.fixture(params=["numpy", "torch", "emulated", "emulated-torch"], scope="session")
+def _need_gpu():
+    try:
+        import cupy
+
+        reason = "" if cupy.cuda.is_available() else "CuPy finds no GPU"
+    except ImportError as error:
+        reason = f"CuPy cannot be imported: {error}"
+    if reason:
+        if os.environ.get("CUPY_ROIALIGN_REQUIRE_GPU", "0") not in ("", "0"):
+            pytest.fail(f"CUPY_ROIALIGN_REQUIRE_GPU is set, and {reason}")
+        pytest.skip(f"no GPU: {reason}")
+
+
+def _need_cuda_torch():
+    _need_gpu()
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        if os.environ.get("CUPY_ROIALIGN_REQUIRE_GPU", "0") not in ("", "0"):
+            pytest.fail("CUPY_ROIALIGN_REQUIRE_GPU is set, and torch finds no GPU")
+        pytest.skip("no GPU: torch finds none")
+
+
+def on_gpu(name):
+    return pytest.param(name, marks=pytest.mark.gpu)
+
+
+@pytest.fixture(
+    params=["numpy", "torch", "emulated", "emulated-torch", on_gpu("cupy"), on_gpu("cuda-torch")], scope="session"
+)
 def backend(request):
+    """What one body of tests runs on."""
     if request.param.startswith("emulated"):
-        cupy = request.getfixturevalue("emulated_cupy")
-        return EmulatedTorchBackend() if request.param == "emulated-torch" else EmulatedBackend(cupy)
-    return {"numpy": NumpyBackend, "torch": TorchBackend}[request.param]()
+        _need_compiler()
+        return backends.EmulatedBackend(device) if request.param == "emulated" else backends.EmulatedTorchBackend()
+    if request.param == "cupy":
+        _need_gpu()
+        import cupy
+
+        return backends.CupyBackend(cupy)
+    if request.param == "cuda-torch":
+        _need_cuda_torch()
+        return backends.CudaTorchBackend()
+    return {"numpy": backends.NumpyBackend, "torch": backends.TorchBackend}[request.param]()
+
+
+@pytest.fixture
+def emulated():
+    """CuPy's stand-in, in CuPy's place; see tests/emulate."""
+    _need_compiler()
+    with emulate.installed() as stand_in:
+        stand_in.launches.clear()
+        yield stand_in
+        stand_in.seed, stand_in.guard = 0, "back"
+
+
+@pytest.fixture
+def gpu():
+    """CuPy, where it has a GPU."""
+    _need_gpu()
+    import cupy
+
+    return cupy
+
+
+@pytest.fixture(params=["emulated", on_gpu("gpu")])
+def cupy(request):
+    """CuPy, and its stand-in."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def cuda_torch():
+    """torch, where it has a GPU."""
+    _need_cuda_torch()
+    import torch
+
+    return torch

@@ -1,7 +1,8 @@
-"""The CUDA path on the emulated device: what only it can show, and that the emulation is strict."""
+"""What only the emulated device can show of the CUDA path, and that the emulation is strict."""
 
 import inspect
 import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,141 +11,17 @@ import numpy as np
 import pytest
 
 import cupy_roialign as cr
-from cupy_roialign import arrays, geometry, gpu_backend, kernels, numpy_backend
-from cupy_roialign.geometry import Dialect, Rule
+from cupy_roialign import arrays, gpu_backend, kernels, numpy_backend
 from tests import tolerance
+from tests.backends import EmulatedTorchBackend
+from tests.test_kernels import RULES, problem, run
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def cupy(emulated_cupy):
-    emulated_cupy.launches.clear()
-    yield emulated_cupy
-    emulated_cupy.seed, emulated_cupy.guard = 0, "back"
-
-
-def problem(channels=5, dtype=np.float32, count=9):
-    rng = np.random.default_rng(3)
-    features = rng.uniform(-1, 1, (2, channels, 19, 22)).astype(dtype)
-    boxes = rng.uniform(-3, 23, (count, 4)).astype(np.float32)
-    return features, boxes, rng.integers(0, 2, count), rng.uniform(-1, 1, (count, channels, 5, 9)).astype(np.float32)
-
-
-def run(cupy, features, boxes, indices, cotangent, sampling_ratio=2):
-    """Output and gradients of roi_align, as NumPy arrays."""
-    device = [cupy.asarray(array) for array in (features, boxes, indices, cotangent)]
-    output, pullback = cr.vjp(
-        cr.roi_align, device[0], device[1], (5, 9), 1.0, sampling_ratio, True, batch_indices=device[2]
-    )
-    return [output.get(), *(gradient.get() for gradient in pullback(device[3]))]
-
-
-# ---- the twin of geometry.py ----
-
-TWIN = """
-extern "C" __global__ void twin(const Arguments a) {
-    // three numbers for each axis of a box, then position, inside, taps and fraction of one sample on each
-    const long long k = (a.first_block + blockIdx.x) * 64 + threadIdx.x;
-    if (k >= a.count) return;
-    Real edges[4];
-    for (int i = 0; i < 4; ++i) edges[i] = edge(a, k, a.rule.columns[i]);
-    for (int axis = 0; axis < 2; ++axis) {
-        Real* to = (Real*)a.result + (k * 2 + axis) * 8;
-        const Axis found = resolve(a.rule, edges[axis], edges[axis + 2], axis, a.size[axis]);
-        const int p = (int)(k % a.rule.bins[axis]);
-        const long long i = found.samples > 0 ? k % found.samples : 0;
-        const Real position = position_of(a.rule, found, origin_of(found, p), i);
-        const Taps taps = taps_of(a.rule, position, a.size[axis]);
-        to[0] = found.start;
-        to[1] = found.bin;
-        to[2] = finite_box(edges) ? (Real)found.samples : (Real)0;
-        to[3] = found.samples > 0 ? position : (Real)0;
-        to[4] = taps.inside && found.samples > 0;
-        to[5] = to[4] != 0 ? (Real)taps.low : (Real)0;
-        to[6] = to[4] != 0 ? (Real)taps.high : (Real)0;
-        to[7] = to[4] != 0 ? taps.fraction : (Real)0;
-    }
-}
-"""
-
-RULES = [
-    Rule(Dialect.CROP_AND_RESIZE, (7, 5), (0, 1, 2, 3)),
-    Rule(Dialect.CROP_AND_RESIZE, (1, 1), (0, 1, 2, 3)),
-    Rule(Dialect.CROP_AND_RESIZE, (7, 5), (0, 1, 2, 3), nearest=True),
-    Rule(Dialect.ROI_CROP_CENTERS, (7, 5), (1, 0, 3, 2)),
-    Rule(Dialect.ROI_CROP_CORNERS, (7, 1), (1, 0, 3, 2)),
-    Rule(Dialect.ROI_ALIGN, (7, 5), (1, 0, 3, 2), 0.3, 2, True),
-    Rule(Dialect.ROI_ALIGN, (7, 5), (1, 0, 3, 2), 1 / 16, 3, False),
-    Rule(Dialect.ROI_ALIGN, (7, 5), (1, 0, 3, 2), 0.7, 0, True),
-    Rule(Dialect.ROI_ALIGN, (7, 5), (1, 0, 3, 2), 1.0, 0, False),
-]
-
-
-def adversarial_boxes(rule, count, real, size):
-    """Ordinary, on pixels and on edges, a unit in the last place beside them, subnormal, huge, of any bits at all."""
-    rng = np.random.default_rng(17)
-    unit = np.array([size[0] - 1, size[1] - 1] * 2) if rule.dialect is Dialect.CROP_AND_RESIZE else np.ones(4)
-    unit = np.maximum(unit, 1) * rule.spatial_scale
-    ordinary = rng.uniform(-5, max(size) + 5, (count, 4))
-    halves = rng.integers(-8, 2 * max(size) + 8, (count, 4)) / 2
-    boxes = np.where(rng.random((count, 4)) < 0.5, ordinary, halves) / unit
-    boxes = boxes.astype(real)
-    beside = rng.random((count, 4)) < 0.1
-    boxes[beside] = np.nextafter(boxes[beside], rng.choice([-np.inf, np.inf], beside.sum()).astype(real))
-    tiny = rng.random((count, 4)) < 0.03
-    boxes[tiny] = (
-        rng.choice([-1, 1], tiny.sum()) * np.finfo(real).smallest_subnormal * rng.integers(0, 5, tiny.sum())
-    ).astype(real)
-    bits = rng.integers(0, 2**32 if real == np.float32 else 2**63, (count, 4), dtype=np.uint64)
-    raw = bits.astype(np.uint32).view(np.float32) if real == np.float32 else bits.view(np.float64)
-    wild = rng.random(count) < 0.1
-    boxes[wild] = raw[wild]
-    return boxes
-
-
-@pytest.mark.parametrize("size", [(33, 41), (1, 2)])
-@pytest.mark.parametrize("real", [np.float32, np.float64])
-def test_positions_are_the_same_to_the_bit(real, size, cupy):
-    """A million boxes and more, over all rules: geometry.cuh against geometry.py."""
-    name = np.dtype(real).name
-    types = kernels.Types("float32", "float32", name, name, False, False)
-    code = kernels.source("forward", types).replace(kernels.read("forward.cu"), TWIN)
-    kernel = cupy.RawKernel(code, "twin")
-    count = 60_000
-    for rule in RULES:
-        boxes = adversarial_boxes(rule, count, real, size)
-        device, result = cupy.asarray(boxes), cupy.empty((count, 2, 8), real)
-        arguments = np.zeros((), kernels.ARGUMENTS)
-        arguments["boxes"], arguments["result"], arguments["count"] = device.data.ptr, result.data.ptr, count
-        arguments["box_strides"], arguments["size"] = (4, 1), size
-        arguments["rule"] = np.frombuffer(kernels.rule_bytes(rule), kernels.RULE)[0]
-        kernel((-(-count // 64),), (64,), (arguments,))
-        expected = np.zeros((count, 2, 8), real)
-        k = np.arange(count)
-        with np.errstate(all="ignore"):
-            for a in (0, 1):
-                axis = geometry.resolve(rule, boxes, a, size[a])
-                taken = geometry.resolve(rule, np.where(np.isfinite(boxes).all(1)[:, None], boxes, 0), a, size[a])
-                samples = np.where(np.isfinite(boxes).all(1), axis.samples, 0)
-                assert (samples == np.where(np.isfinite(boxes).all(1), taken.samples, 0)).all()
-                number = np.where(samples > 0, k % np.maximum(samples, 1), 0)
-                origin = axis.start + (k % rule.bins[a]).astype(real) * axis.bin
-                within = ((number.astype(real) + real(rule.offset)) * axis.bin) / np.maximum(samples, 1).astype(real)
-                position = origin + within
-                low_edge, high_edge = (-1, size[a]) if rule.clamps else (0, size[a] - 1)
-                inside = (position >= low_edge) & (position <= high_edge) & (samples > 0)
-                low, high, fraction = geometry._taps(rule, position[inside], size[a])
-                columns = [axis.start, axis.bin, samples, np.where(samples > 0, position, 0), inside]
-                expected[:, a, :5] = np.stack([c.astype(real) for c in columns], axis=1)
-                expected[inside, a, 5:] = np.stack([low.astype(real), high.astype(real), fraction], axis=1)
-        sound = np.isfinite(boxes).all(1)
-        np.testing.assert_array_equal(result.get()[sound], expected[sound])
-        assert (~sound).any()
-        assert (expected[sound, :, 4] == 1).any()
-
-
-# ---- the backend ----
+def cupy(emulated):
+    return emulated
 
 
 def test_the_backends_mirror_each_other(cupy):
@@ -158,58 +35,6 @@ def test_the_backends_mirror_each_other(cupy):
     assert public(cupy_backend) == public(numpy_backend)
     assert public(tensors).items() < public(numpy_backend).items()
     assert len(public(numpy_backend)) == 4
-
-
-def test_the_structure_of_arguments_is_that_of_the_kernels(cupy):
-    """Sizes are compared at each launch; here each field, by a kernel that reads it."""
-    types = kernels.Types("float32", "float32", "float32", "float32", False, False)
-    fields = [
-        "a.feature_strides[3]", "a.output_strides[0]", "a.box_strides[1]", "a.index_stride", "a.images", "a.count",
-        "a.first_block", "a.channels", "a.size[1]", "a.index_kind", "a.channels_at_once", "a.box_columns",
-        "a.rule.spatial_scale", "a.rule.extrapolation_value", "a.rule.dialect", "a.rule.bins[1]", "a.rule.columns[3]",
-        "a.rule.sampling_ratio", "a.rule.aligned", "a.rule.nearest",
-    ]  # fmt: skip
-    lines = "".join(f"    to[{i}] = (double){field};\n" for i, field in enumerate(fields))
-    body = (
-        'extern "C" __global__ void fields(const Arguments a) {\n    double* to = (double*)a.result;\n' + lines + "}\n"
-    )
-    code = kernels.source("forward", types).replace(kernels.read("forward.cu"), body)
-    result = cupy.empty(len(fields), np.float64)
-    arguments = np.zeros((), kernels.ARGUMENTS)
-    arguments["result"] = result.data.ptr
-    for i, field in enumerate(fields):
-        name, _, place = field.removeprefix("a.").partition("[")
-        target = arguments
-        *outer, name = name.split(".")
-        for part in outer:
-            target = target[part]
-        if place:
-            target[name][int(place[:-1])] = i + 1
-        else:
-            target[name] = i + 1
-    cupy.RawKernel(code, "fields")((1,), (1,), (arguments,))
-    assert result.get().tolist() == [i + 1 for i in range(len(fields))]
-
-
-def test_arguments_are_packed_in_the_order_of_their_names():
-    shapes = ((2, 3, 4, 5), (7, 3, 8, 9), (7, 5), (7,), (7, 3, 8, 9))
-    at_work = [
-        kernels.View(100 + i, tuple(range(10 * i, 10 * i + len(shape))), shape, "int16" if i == 3 else "float32")
-        for i, shape in enumerate(shapes)
-    ]
-    rule = Rule(Dialect.ROI_CROP_CORNERS, (8, 9), (2, 1, 4, 3), 0.25, 6, True, True, -1.5)
-    packed = kernels.arguments(at_work, rule, 77, 11)
-    fields = {name: packed[name].tolist() for name in kernels.ARGUMENTS.names if name != "rule"}
-    assert {name: packed["rule"][name].tolist() for name in kernels.RULE.names} == {
-        "spatial_scale": 0.25, "extrapolation_value": -1.5, "dialect": 2, "bins": [8, 9], "columns": [2, 1, 4, 3],
-        "sampling_ratio": 6, "aligned": 1, "nearest": 1,
-    }  # fmt: skip
-    assert fields == {
-        "features": 100, "grad_output": 101, "boxes": 102, "batch_indices": 103, "result": 104,
-        "feature_strides": [0, 1, 2, 3], "output_strides": [10, 11, 12, 13], "box_strides": [20, 21],
-        "index_stride": 30, "images": 2, "count": 7, "first_block": 77, "channels": 3, "size": [4, 5],
-        "index_kind": 2, "channels_at_once": 11, "box_columns": 5,
-    }  # fmt: skip
 
 
 def test_every_instantiation_that_is_asked_for_is_listed(cupy):
@@ -263,37 +88,13 @@ def test_nothing_is_read_or_written_out_of_bounds(guard, channels, cupy):
             tolerance.assert_close(a, b, 1e-5)
 
 
-def test_offsets_of_64_bits_give_the_same(cupy, monkeypatch):
-    arguments = problem()
-    narrow = run(cupy, *arguments)
-    kernels_before = {launch["kernel"] for launch in cupy.launches}
-    monkeypatch.setattr(kernels, "LARGE", 1)
-    from cupy_roialign.cupy_backend import CupyBackend
-
-    features, boxes = (CupyBackend().view(cupy.asarray(array)) for array in arguments[:2])
-    assert gpu_backend.types_of(features, features, boxes, RULES[-1]).large
-    for a, b in zip(narrow, run(cupy, *arguments), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert kernels_before == set(kernels.KERNELS)
-
-
 def test_the_reach_of_a_view_decides_and_not_its_size(cupy):
     from cupy_roialign.cupy_backend import CupyBackend
 
-    wide = cupy.ndarray(np.broadcast_to(np.zeros(1, np.float32), (3, 2, 2**16, 2**15)))
+    wide = cupy.ndarray._of(np.broadcast_to(np.zeros(1, np.float32), (3, 2, 2**16, 2**15)), 0)
     assert CupyBackend().view(wide).reach == 0
-    far = cupy.ndarray(np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (2, 1, 1, 1), (4 * 2**31, 4, 4, 4)))
-    assert CupyBackend().view(far).reach == 2**31
-
-
-def test_launches_in_parts(cupy, monkeypatch):
-    arguments = problem()
-    whole = run(cupy, *arguments)
-    monkeypatch.setattr(gpu_backend, "MOST_BLOCKS", 7)
-    cupy.launches.clear()
-    for a, b in zip(whole, run(cupy, *arguments), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert max(launch["blocks"] for launch in cupy.launches) == 7
+    far = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (2, 1, 1, 1), (4 * 2**31, 4, 4, 4))
+    assert CupyBackend().view(cupy.ndarray._of(far, 0)).reach == 2**31
 
 
 def test_device_and_stream_are_the_callers(cupy):
@@ -307,6 +108,35 @@ def test_device_and_stream_are_the_callers(cupy):
     assert [(launch["device"], launch["stream"]) for launch in cupy.launches] == [(1, stream.ptr)] * 3
 
 
+def test_tensors_go_to_torchs_stream(cupy):
+    """In backward too, whatever CuPy's current stream is."""
+    torch = pytest.importorskip("torch")
+    features, boxes, indices, cotangent = map(torch.from_numpy, problem())
+    features.requires_grad_()
+    boxes.requires_grad_()
+    with EmulatedTorchBackend().device(stream=77), cupy.cuda.Stream():
+        output = cr.roi_crop(features, boxes, indices, (5, 9))
+        output.backward(cotangent)
+    assert [(launch["kernel"], launch["stream"]) for launch in cupy.launches] == [
+        ("forward", 77),
+        ("feature_gradient", 77),
+        ("box_gradient", 77),
+    ]
+
+
+def test_cuda_tensors_without_cupy(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    torch = pytest.importorskip("torch")
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with FakeTensorMode():
+        features, boxes, indices = (torch.zeros(shape, device="cuda") for shape in ((1, 2, 3, 4), (5, 4), (5,)))
+    with pytest.raises(
+        ImportError, match=r"features is a torch.* on cuda:0, .*CuPy.*pip install 'cupy_roialign\[cuda13\]'"
+    ):
+        cr.roi_crop(features, boxes, indices.long(), 3)
+
+
 def test_arrays_on_two_devices(cupy):
     features, boxes, indices, _ = problem()
     with cupy.cuda.Device(1):
@@ -315,41 +145,6 @@ def test_arrays_on_two_devices(cupy):
         cr.roi_crop(cupy.asarray(features), elsewhere, cupy.asarray(indices), 3)
     with pytest.raises(TypeError, match=r"features and boxes .*cupy.ndarray on GPU 0 and numpy.ndarray on the CPU"):
         cr.roi_crop(cupy.asarray(features), boxes, cupy.asarray(indices), 3)
-
-
-@pytest.mark.parametrize("index", [-1, 2, 2**40])
-def test_a_bad_index_is_a_broken_box_unless_it_is_looked_for(index, cupy, monkeypatch):
-    features, boxes, indices, cotangent = problem()
-    alone = cotangent.copy()
-    alone[4] = 0
-    good = run(cupy, features, boxes, indices, alone)
-    indices[4] = index
-    output, grad_features, grad_boxes = run(cupy, features, boxes, indices, cotangent)
-    assert np.isnan(output[4]).all()
-    assert np.isnan(grad_boxes[4]).all()
-    others = np.arange(9) != 4
-    np.testing.assert_array_equal(output[others], good[0][others])
-    np.testing.assert_array_equal(grad_features, good[1])
-    np.testing.assert_array_equal(grad_boxes[others], good[2][others])
-    with cr.checked(), pytest.raises(IndexError, match="box 4"):
-        run(cupy, features, boxes, indices, cotangent)
-    monkeypatch.setenv("CUPY_ROIALIGN_CHECK", "1")
-    with pytest.raises(IndexError, match="box 4"):
-        run(cupy, features, boxes, indices, cotangent)
-
-
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64])
-def test_indices_of_any_integer_dtype(dtype, cupy):
-    features, boxes, indices, cotangent = problem()
-    for a, b in zip(
-        run(cupy, features, boxes, indices, cotangent),
-        run(cupy, features, boxes, indices.astype(dtype), cotangent),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
-
-
-# ---- the emulation is strict ----
 
 
 def spoiled(cupy, name, before, after, types=("float32", "float32", "float32", "float32", False, False)):
@@ -408,7 +203,7 @@ print("alive")
 
 
 @pytest.mark.parametrize(("guard", "shift"), [("back", "+ 1"), ("front", "- 1")])
-def test_an_access_out_of_bounds_ends_the_process(guard, shift, emulated_cupy):
+def test_an_access_out_of_bounds_ends_the_process(guard, shift, emulated):
     for spoil in (True, False):
         program = OUT_OF_BOUNDS.format(guard=guard, spoil=spoil, shift=shift)
         done = subprocess.run(
@@ -445,7 +240,7 @@ def test_wrong_launches_raise(cupy):
             kernel(grid, block, args)
 
 
-def test_a_script_runs_with_it(tmp_path, emulated_cupy):
+def test_a_script_runs_with_it(tmp_path, emulated):
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, cupy, cupy_roialign as cr\n"
@@ -459,7 +254,24 @@ def test_a_script_runs_with_it(tmp_path, emulated_cupy):
     assert done.stdout == "['an', 'argument'] [2. 6.]\n", done.stderr
 
 
-def test_it_leaves_no_trace(emulated_cupy):
+def test_the_benchmark_of_the_gpu_runs_with_it(tmp_path, emulated):
+    command = [sys.executable, "-m", "tests.emulate", "-m", "benchmarks.gpu", "--rehearse", "W1", "--out", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["gpu"] == "the emulated device"
+    assert set(report["ms: median, least, most"]["W1 float16"]["forward"]) == {"NCHW", "channels-last"}
+    assert report["the same bits in 100 runs"]
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+
+
+def test_the_sanitizers_script_runs_with_it(emulated):
+    command = [sys.executable, "-m", "tests.emulate", "-m", "tests.sanitize"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout == "72 kernels ran\n", done.stderr
+
+
+def test_it_leaves_no_trace(emulated):
     program = (
         "import sys\nfrom tests.emulate import installed\n"
         "with installed() as cupy:\n    import cupy as found\n    assert found is cupy\n"

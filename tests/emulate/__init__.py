@@ -9,28 +9,49 @@ they are. It is strict where a GPU is not; see `device` and host.h.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
+from types import ModuleType
+
+_modules: dict[str, ModuleType] = {}  # those that know the stand-in as cupy, while it is not in place
+_OF_CUPY = ("cupy", "cupy.cuda", "cupy_roialign.cupy_backend")
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[object]:
-    """Within it `import cupy` gives the stand-in."""
+def installed() -> Iterator[ModuleType]:
+    """Within it `import cupy` gives the stand-in; a CuPy that is there comes back afterwards."""
+    from cupy_roialign import kernels
     from tests.emulate import device
 
-    mine = ("cupy", "cupy.cuda", "cupy_roialign.cupy_backend")
-    before = {name: sys.modules.pop(name) for name in mine if name in sys.modules}
-    sys.modules["cupy"] = device  # type: ignore[assignment]
-    sys.modules["cupy.cuda"] = device.cuda  # type: ignore[assignment]
-    import cupy_roialign
-    from cupy_roialign import kernels
-
-    kernels.kernel.cache_clear()
+    if sys.modules.get("cupy") is device:
+        yield device
+        return
+    _modules.update({"cupy": device, "cupy.cuda": device.cuda})
+    before = _swap(_modules)
+    real_kernel, kernels.kernel = kernels.kernel, _kernel
     try:
         yield device
     finally:
-        kernels.kernel.cache_clear()
-        for name in mine:
-            sys.modules.pop(name, None)
-        vars(cupy_roialign).pop("cupy_backend", None)
-        sys.modules.update(before)
+        kernels.kernel = real_kernel
+        _modules.update(_swap(before))
+
+
+def _swap(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
+    """Puts these in place of those that it returns."""
+    import cupy_roialign
+
+    others = {name: sys.modules.pop(name) for name in _OF_CUPY if name in sys.modules}
+    sys.modules.update(modules)
+    vars(cupy_roialign).pop("cupy_backend", None)
+    if backend := modules.get("cupy_roialign.cupy_backend"):
+        vars(cupy_roialign)["cupy_backend"] = backend
+    return others
+
+
+@functools.cache
+def _kernel(name: str, types: tuple[object, ...]) -> object:
+    from cupy_roialign import kernels
+    from tests.emulate import device
+
+    return device.RawKernel(kernels.source(name, kernels.Types(*types)), name)

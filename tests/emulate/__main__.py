@@ -1,12 +1,17 @@
-"""Runs a script with the emulated CuPy: python -m tests.emulate SCRIPT [ARGS]"""
+"""Runs a script or a module with the emulated CuPy: python -m tests.emulate SCRIPT [ARGS], or -m MODULE [ARGS]"""
 
 import runpy
 import sys
 
 from tests.emulate import installed
 
-if len(sys.argv) < 2:
+arguments = sys.argv[1:]
+if not arguments or arguments == ["-m"]:
     sys.exit(__doc__)
-sys.argv = sys.argv[1:]
 with installed():
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(sys.argv[0], run_name="__main__")

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,33 @@ def _guarded(nbytes: int) -> np.ndarray:
     return whole[start : start + nbytes]
 
 
+class _Pointer:
+    """A place in an array's memory."""
+
+    def __init__(self, array: np.ndarray, offset: int, number: int):
+        self.memory, self.offset, self.number = array, offset, number
+
+    def __add__(self, offset: int) -> _Pointer:
+        return _Pointer(self.memory, self.offset + offset, self.number)
+
+    @property
+    def ptr(self) -> int:
+        return self.memory.__array_interface__["data"][0] + self.offset
+
+
 class ndarray:
     """An array of the emulated device: NumPy's, held where NumPy itself does not see it."""
 
-    def __init__(self, array: np.ndarray, number: int = 0):
-        self._array, self._number = array, number
+    def __init__(self, shape: Any, dtype: Any = float, memptr: _Pointer | None = None, strides: Any = None):
+        memory = memptr or empty(shape, dtype).data
+        self._array = np.ndarray(shape, dtype, memory.memory, memory.offset, strides)
+        self._number = memory.number
+
+    @classmethod
+    def _of(cls, array: np.ndarray, number: int) -> ndarray:
+        made = cls.__new__(cls)
+        made._array, made._number = array, number
+        return made
 
     dtype = property(lambda self: self._array.dtype)
     shape = property(lambda self: self._array.shape)
@@ -77,11 +100,11 @@ class ndarray:
     nbytes = property(lambda self: self._array.nbytes)
     flags = property(lambda self: self._array.flags)
     device = property(lambda self: cuda.Device(self._number))
-    data = property(lambda self: types.SimpleNamespace(ptr=self._array.__array_interface__["data"][0]))
+    data = property(lambda self: _Pointer(self._array, 0, self._number))
     T = property(lambda self: self._like(self._array.T))
 
     def _like(self, array: Any) -> ndarray:
-        return ndarray(np.asarray(array), self._number)
+        return ndarray._of(np.asarray(array), self._number)
 
     def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
@@ -166,7 +189,7 @@ def empty(shape: Any, dtype: Any = float) -> ndarray:
     dtype = np.dtype(dtype)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    return ndarray(_guarded(nbytes).view(dtype).reshape(shape), cuda.Device._current)
+    return ndarray._of(_guarded(nbytes).view(dtype).reshape(shape), cuda.Device._current)
 
 
 def asarray(value: Any, dtype: Any = None, device: int | None = None) -> ndarray:
@@ -255,6 +278,16 @@ class _Stream:
         pass
 
 
+class _Event:
+    """A moment: what runs here is done when it was asked for."""
+
+    def record(self, stream: Any = None) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+
 class _ExternalStream(_Stream):
     def __init__(self, ptr: int, device_id: int = -1):
         self.ptr = ptr
@@ -262,6 +295,8 @@ class _ExternalStream(_Stream):
 
 cuda = types.ModuleType("cupy.cuda")
 cuda.Device, cuda.Stream, cuda.ExternalStream = _Device, _Stream, _ExternalStream  # type: ignore[attr-defined]
+cuda.Event = _Event  # type: ignore[attr-defined]
+cuda.get_elapsed_time = lambda start, stop: 1e3 * (stop.time - start.time)  # type: ignore[attr-defined]
 cuda.is_available = lambda: True  # type: ignore[attr-defined]
 
 

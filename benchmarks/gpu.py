@@ -1,0 +1,305 @@
+"""Times the workloads on a GPU, beside torchvision where torch has the GPU too.
+
+    python -m benchmarks.gpu [W1 W2 ...] [--out FOLDER]
+
+Kernels are timed by CUDA events around one call, the median of the runs; before each, a buffer larger than the L2
+cache is written, so that nothing is there from the run before. A floor is the bytes that must move (features and
+crops, once each) over the bandwidth of a copy measured in the same run. Calls are timed from Python, by the clock.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cupy
+import numpy as np
+
+import cupy_roialign as cr
+from benchmarks import workloads
+from cupy_roialign import cupy_backend
+from cupy_roialign.geometry import Dialect, Rule
+
+FLUSH = 512 * 2**20  # bytes, several times any L2
+DTYPES = ("float32", "float16")
+SIDES = ("torchvision", "through torch", "NCHW", "channels-last")
+
+try:
+    import torch
+
+    HAS_TORCH = torch.cuda.is_available()
+    import torchvision
+except (ImportError, RuntimeError):
+    HAS_TORCH = False
+
+
+class Timer:
+    """Times what runs on the GPU."""
+
+    def __init__(self, runs, flush_bytes):
+        self.runs = runs
+        self.buffer = cupy.empty(flush_bytes, np.uint8)
+
+    def ms(self, function):
+        """(median, least, most) of a call that finds nothing of its own in the L2 cache."""
+        for _ in range(3):
+            function()
+        times = []
+        for _ in range(self.runs):
+            start, stop = cupy.cuda.Event(), cupy.cuda.Event()
+            self.buffer[...] = 0  # long enough for the call below to be in the queue when it ends
+            start.record()
+            function()
+            stop.record()
+            stop.synchronize()
+            times.append(cupy.cuda.get_elapsed_time(start, stop))
+        return [statistics.median(times), min(times), max(times)]
+
+    def bandwidth(self):
+        """Bytes a second of a copy, those read and those written."""
+        half = self.buffer.nbytes // 2
+        source, target = self.buffer[:half], self.buffer[half:]
+
+        def copy():
+            target[...] = source
+
+        return 2 * half / (self.ms(copy)[0] / 1e3)
+
+
+def call_us(function, runs):
+    """Microseconds of a call from Python, of many in a row."""
+    for _ in range(20):
+        function()
+    cupy.cuda.Device().synchronize()
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        for _ in range(runs):
+            function()
+        times.append((time.perf_counter() - start) / runs * 1e6)
+        cupy.cuda.Device().synchronize()
+    return [statistics.median(times), min(times), max(times)]
+
+
+def ours(p, dtype, channels_last):
+    def place(array):
+        array = array.astype(dtype)
+        if channels_last:
+            return cupy.asarray(np.ascontiguousarray(array.transpose(0, 2, 3, 1))).transpose(0, 3, 1, 2)
+        return cupy.asarray(array)
+
+    features, cotangent, rois = place(p["input"]), place(p["cotangent"]), cupy.asarray(p["rois"])
+    rule = Rule(Dialect.ROI_ALIGN, p["out"], (2, 1, 4, 3), p["scale"], max(p["sr"], 0), p["aligned"])
+    return {
+        "forward": lambda: cr.roi_align(features, rois, p["out"], p["scale"], p["sr"], p["aligned"]),
+        "feature gradient": lambda: cupy_backend.feature_gradient(cotangent, features, rois, rois[:, 0], rule),
+        "box gradient": lambda: cupy_backend.box_gradient(cotangent, features, rois, rois[:, 0], rule),
+    }
+
+
+def through_torch(p, dtype, operator):
+    """Forward, and backward to the features through autograd."""
+    features = torch.from_numpy(p["input"]).cuda().to(getattr(torch, dtype)).requires_grad_()
+    rois = torch.from_numpy(p["rois"]).cuda().to(features.dtype if operator is not cr.roi_align else torch.float32)
+    cotangent = torch.from_numpy(p["cotangent"]).cuda().to(features.dtype)
+
+    def forward():
+        return operator(features, rois, p["out"], p["scale"], p["sr"], p["aligned"])
+
+    output = forward()
+    return {
+        "forward": forward,
+        "feature gradient": lambda: torch.autograd.grad(output, features, cotangent, retain_graph=True)[0],
+    }
+
+
+def sides_of(p, dtype):
+    sides = {"NCHW": ours(p, dtype, False), "channels-last": ours(p, dtype, True)}
+    if HAS_TORCH:
+        sides["torchvision"] = through_torch(p, dtype, torchvision.ops.roi_align)
+        sides["through torch"] = through_torch(p, dtype, cr.roi_align)
+    return sides
+
+
+def off(actual, expected):
+    """The largest difference, in units of the largest value."""
+    actual, expected = (
+        np.asarray(a.get() if hasattr(a, "get") else a.detach().cpu(), np.float64) for a in (actual, expected)
+    )
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def peak_bytes(function):
+    """Of torch's memory, beyond what was there before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def compile_seconds():
+    """The first calls of a process, with an empty kernel cache and then with a full one."""
+    program = (
+        "import time, cupy, numpy, cupy_roialign as cr\n"
+        "features, boxes = cupy.ones((1, 3, 8, 8), cupy.float32), cupy.asarray([[0, 0, 0, 4, 4.0]], cupy.float32)\n"
+        "cupy.cuda.Device().synchronize()\n"
+        "start = time.perf_counter()\n"
+        "output, pullback = cr.vjp(cr.roi_align, features, boxes, 2)\n"
+        "output.get(); middle = time.perf_counter()\n"
+        "[g.get() for g in pullback(output)]\n"
+        "print(middle - start, time.perf_counter() - middle)\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "CUPY_CACHE_DIR": folder}
+        seconds = []
+        for _ in range(2):
+            done = subprocess.run(
+                [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+            )
+            seconds.append([float(word) for word in done.stdout.split()])
+    return dict(zip(("cold: forward, both gradients", "warm: forward, both gradients"), seconds, strict=True))
+
+
+def versions():
+    found = {"cupy_roialign": cr.__version__, "numpy": np.__version__, "python": platform.python_version()}
+    if hasattr(cupy, "__version__"):
+        found["cupy"] = cupy.__version__
+        runtime = cupy.cuda.runtime
+        found |= {"CUDA runtime": str(runtime.runtimeGetVersion()), "driver": str(runtime.driverGetVersion())}
+    if HAS_TORCH:
+        found |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
+    return found
+
+
+def gpu_name():
+    if not hasattr(cupy.cuda, "runtime"):
+        return "the emulated device"
+    return cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
+
+
+def measure(names, runs, flush_bytes, shrink):
+    timer = Timer(runs, flush_bytes)
+    bandwidth = timer.bandwidth()
+    report = {
+        "gpu": gpu_name(),
+        "versions": versions(),
+        "L2 before each run": f"{flush_bytes >> 20} MiB written",
+        "copy, bytes a second": bandwidth,
+        "ms: median, least, most": {},
+        "floor, ms": {},
+        "largest difference from torchvision": {},
+        "peak bytes": {},
+    }
+    for name in names:
+        p = shrink(workloads.make(name))
+        for dtype in DTYPES:
+            case = f"{name} {dtype}"
+            size = (p["input"].size + p["cotangent"].size) * np.dtype(dtype).itemsize
+            report["floor, ms"][case] = size / bandwidth * 1e3
+            sides = sides_of(p, dtype)
+            times = report["ms: median, least, most"][case] = {}
+            for side, steps in sides.items():
+                for step, function in steps.items():
+                    times.setdefault(step, {})[side] = timer.ms(function)
+                    # its boxes are of the features' dtype: in float16 they are other boxes
+                    if dtype == "float32" and step in sides.get("torchvision", {}):
+                        difference = off(function(), sides["torchvision"][step]())
+                        report["largest difference from torchvision"][f"{case} {step} {side}"] = difference
+            if HAS_TORCH and dtype == "float32":
+                report["peak bytes"][case] = {
+                    side: {step: peak_bytes(function) for step, function in sides[side].items()}
+                    for side in ("torchvision", "through torch")
+                }
+            print(lines(case, times, report["floor, ms"][case]), flush=True)
+    return report
+
+
+def reproducible(p, runs):
+    gradient = ours(p, "float32", False)["feature gradient"]
+    first = gradient().get()
+    return all(np.array_equal(gradient().get(), first) for _ in range(runs))
+
+
+def overhead(p, runs):
+    """Of calls whose kernels take next to nothing."""
+    sides = sides_of(p, "float32")
+    return {side: call_us(steps["forward"], runs) for side, steps in sides.items()}
+
+
+ROW = "{:12} {:17} {:>12} {:>14} {:>10} {:>14} {:>8}"
+HEADER = ROW.format("", "ms, median", *SIDES, "floor")
+
+
+def lines(case, times, floor):
+    rows = []
+    for step, sides in times.items():
+        cells = [f"{sides[side][0]:.4f}" if side in sides else "" for side in SIDES]
+        rows.append(ROW.format(case if step == "forward" else "", step, *cells, f"{floor:.4f}"))
+    return "\n".join(rows)
+
+
+def picture(report, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = report["ms: median, least, most"]
+    figure, all_axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
+    for axes, step in zip(all_axes, ("forward", "feature gradient"), strict=True):
+        sides = [side for side in SIDES if any(side in times[step] for times in cases.values())]
+        for number, side in enumerate(sides):
+            places = [i + (number - (len(sides) - 1) / 2) * 0.8 / len(sides) for i in range(len(cases))]
+            heights = [times[step].get(side, [np.nan])[0] for times in cases.values()]
+            axes.bar(places, heights, 0.8 / len(sides), label=side if side == "torchvision" else f"ours, {side}")
+        axes.plot(range(len(cases)), list(report["floor, ms"].values()), "k_", markersize=24, label="floor")
+        axes.set(title=step, yscale="log", ylabel="ms" if step == "forward" else "")
+        axes.set_xticks(range(len(cases)), list(cases), rotation=30, ha="right")
+    all_axes[1].legend()
+    figure.suptitle(report["gpu"])
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", default=["W1", "W2", "W3", "W4"], help="workloads")
+    parser.add_argument("--runs", type=int, default=50, help="runs of each kernel")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for gpu.json and gpu.png")
+    parser.add_argument("--rehearse", action="store_true", help="tiny inputs and few runs, to try this script itself")
+    options = parser.parse_args()
+    runs, flush_bytes, calls = (2, 2**16, 2) if options.rehearse else (options.runs, FLUSH, 300)
+
+    def shrink(p):
+        if not options.rehearse:
+            return p
+        p["input"], p["rois"], p["cotangent"] = p["input"][:, :4, :40, :40], p["rois"][:5], p["cotangent"][:5, :4, :9]
+        p["out"] = p["cotangent"].shape[2:]
+        return p
+
+    print(f"{gpu_name()}; {', '.join(f'{k} {v}' for k, v in versions().items())}\n{HEADER}")
+    report = measure(options.names, runs, flush_bytes, shrink)
+    print(f"copy: {report['copy, bytes a second'] / 1e12:.2f} TB/s")
+    report["call, us: median, least, most"] = overhead(shrink(workloads.make("W5")), calls)
+    for side, times in report["call, us: median, least, most"].items():
+        print(f"W5, a call of forward, {side}: {times[0]:.1f} us")
+    report["the same bits in 100 runs"] = reproducible(shrink(workloads.make("W1")), 2 if options.rehearse else 100)
+    print(f"the same bits in 100 runs of the feature gradient: {report['the same bits in 100 runs']}")
+    if not options.rehearse:
+        report["first call of a process, s"] = compile_seconds()
+        print(f"first call of a process, s: {report['first call of a process, s']}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    picture(report, options.out / "gpu.png")
+    print(f"wrote {options.out / 'gpu.json'} and {options.out / 'gpu.png'}")
+
+
+if __name__ == "__main__":
+    main()

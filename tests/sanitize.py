@@ -1,0 +1,46 @@
+"""Every kernel on small inputs, for compute-sanitizer: compute-sanitizer --tool memcheck python -m tests.sanitize"""
+
+import itertools
+
+import cupy
+import numpy as np
+
+import cupy_roialign as cr
+from tests.test_kernels import problem
+
+if hasattr(cupy.cuda, "set_allocator"):
+    cupy.cuda.set_allocator(None)  # one allocation an array: a pool would hide an access past its end
+
+
+def main():
+    features, boxes, indices, cotangent = problem()
+    boxes[3], boxes[5, 2] = [-1e30, -1e30, 1e30, 1e30], np.nan
+    indices[6] = 99
+    calls = 0
+    for dtype, last, (operator, options) in itertools.product(
+        (np.float32, np.float16, np.float64, np.uint8),
+        (False, True),
+        (
+            (cr.roi_align, {"sampling_ratio": 2, "aligned": True}),
+            (cr.roi_align, {"sampling_ratio": -1}),
+            (cr.roi_crop, {"extrapolation_value": 1.5}),
+        ),
+    ):
+        values = (features * 50).astype(dtype)
+        if last:
+            values = np.ascontiguousarray(values.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+        on_gpu = cupy.asarray(values)
+        place = {"batch_indices": cupy.asarray(indices)} if operator is cr.roi_align else {}
+        others = () if operator is cr.roi_align else (cupy.asarray(indices),)
+        output, pullback = cr.vjp(operator, on_gpu, cupy.asarray(boxes), *others, (5, 9), **place, **options)
+        to_features, to_boxes = pullback(cupy.asarray(cotangent))
+        sound = [k for k in range(len(boxes)) if k not in (5, 6)]
+        assert np.isfinite(output.get()[sound]).all()
+        assert np.isfinite(to_features.get()).all()
+        assert np.isfinite(to_boxes.get()[sound]).all()
+        calls += 3
+    print(f"{calls} kernels ran")
+
+
+if __name__ == "__main__":
+    main()
