@@ -75,6 +75,11 @@ class Axis(NamedTuple):
         low, high = (of_start * s + of_bin * b for s, b in zip(self.start_slope, self.bin_slope, strict=True))
         return low, high
 
+    def change(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How `start` and `bin` change where (lo, hi) change by so much."""
+        of_start, of_bin = (low * slopes[0] + high * slopes[1] for slopes in (self.start_slope, self.bin_slope))
+        return of_start, of_bin
+
 
 class Part(NamedTuple):
     """Some of a box's samples on one axis."""
@@ -93,6 +98,15 @@ class Samples(NamedTuple):
     low: np.ndarray  # (S,) int64, the tap at or below the position
     high: np.ndarray  # (S,) int64, the next tap
     fraction: np.ndarray  # (S,) weight of `high` before averaging; that of `low` is 1 - fraction
+
+
+def terms(directions: int) -> tuple[tuple[int | None, int | None], ...]:
+    """What the derivative of crops along so many changes of the boxes is the sum of: which change y takes, and which x.
+
+    A weight is the product of one of y and one of x, each of them linear in its position between two pixels. So
+    every axis takes one change or, None, stays as it is, and there is no derivative beyond the second.
+    """
+    return {0: ((None, None),), 1: ((0, None), (None, 0)), 2: ((0, 1), (1, 0))}.get(directions, ())
 
 
 def precision(rule: Rule, features: str, boxes: str) -> str:

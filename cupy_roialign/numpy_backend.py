@@ -50,14 +50,23 @@ def join(boxes: list[np.ndarray], like: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 @_quietly
-def forward(features: np.ndarray, boxes: np.ndarray, batch_indices: np.ndarray, rule: geometry.Rule) -> np.ndarray:
-    """(K, C, bins_y, bins_x) crops, in the memory order of `features`; NaN for a box that is not finite."""
+def forward(
+    features: np.ndarray,
+    boxes: np.ndarray,
+    batch_indices: np.ndarray,
+    rule: geometry.Rule,
+    directions: Sequence[np.ndarray] = (),
+) -> np.ndarray:
+    """(K, C, bins_y, bins_x) crops, in the memory order of `features`; NaN for a box that is not finite.
+
+    With `directions`, up to two changes of the boxes and like them in shape: the derivative of the crops along them.
+    """
     boxes, batch_indices = _numbers(features, boxes, batch_indices, rule)
     output = _allocate(np.empty, features, (len(boxes), features.shape[1], *rule.bins), _output_dtype(features))
     if output.size == 0:
         return output
     layout = _Layout.of(features)
-    for chunk in _chunks(features, boxes, batch_indices, rule):
+    for chunk in _Plan(features, boxes, batch_indices, rule, directions).chunks():
         target = chunk.of(output)
         if chunk.is_first:
             target[chunk.empty] = 0
@@ -66,16 +75,16 @@ def forward(features: np.ndarray, boxes: np.ndarray, batch_indices: np.ndarray, 
         for piece in chunk.pieces:
             source = _Source(features, layout, piece)
             for box in piece.boxes:
-                window = source.window(box)
-                crop = _resample(window, source.dtype, box, layout.axes, _product)
+                window = source.level_window(box) if directions else source.window(box)
+                crop = _resample(window, source.dtype, box.terms, layout.axes, _product)
                 if not _is_finite(crop):
-                    crop = _resample(window, source.dtype, box, layout.axes, _exact_product)
+                    crop = _resample(window, source.dtype, box.terms, layout.axes, _exact_product)
                 if chunk.is_part:
                     so_far = layout.view(total[piece.channels])
                     so_far += crop
                     crop = so_far
                 layout.view(target[box.number, piece.channels])[...] = crop
-        if rule.extrapolation_value != 0:
+        if rule.extrapolation_value != 0 and not directions:
             value = np.array(rule.extrapolation_value).astype(output.dtype)
             for index, outside in chunk.outside():
                 np.copyto(target[index], value, where=outside)
@@ -90,16 +99,18 @@ def feature_gradient(
     boxes: np.ndarray,
     batch_indices: np.ndarray,
     rule: geometry.Rule,
+    directions: Sequence[np.ndarray] = (),
 ) -> np.ndarray:
     """The gradient to the features, in their memory order; float32 where they are integers.
 
-    Boxes are added one after another: the result is the same, to the bit, each time.
+    With `directions` that of the derivative of the crops along them. Boxes are added one after another: the result is
+    the same, to the bit, each time.
     """
     boxes, batch_indices = _numbers(features, boxes, batch_indices, rule)
     total = _allocate(np.zeros, features, features.shape, _compute_dtype(features))
     if grad_output.size and total.size:
         layout = _Layout.of(total)
-        for chunk in _chunks(total, boxes, batch_indices, rule):
+        for chunk in _Plan(total, boxes, batch_indices, rule, directions).chunks():
             grads = chunk.of(grad_output)
             for piece in chunk.pieces:
                 target = layout.view(total[piece.image, piece.channels])[piece.window]
@@ -107,7 +118,8 @@ def feature_gradient(
                 for box in piece.boxes:
                     grad = layout.view(grads[box.number, piece.channels]).astype(total.dtype, copy=False)
                     product = _product if _is_finite(grad) else _exact_product
-                    _add_spread(part, grad, box, layout, product)
+                    for blocks in box.terms:
+                        _add_spread(part, grad, box.pixels, blocks, layout, product)
                 if part is not target:
                     target += part
     return total.astype(_output_dtype(features), copy=False)
@@ -115,15 +127,23 @@ def feature_gradient(
 
 @_quietly
 def box_gradient(
-    grad_output: np.ndarray, features: np.ndarray, boxes: np.ndarray, batch_indices: np.ndarray, rule: geometry.Rule
+    grad_output: np.ndarray,
+    features: np.ndarray,
+    boxes: np.ndarray,
+    batch_indices: np.ndarray,
+    rule: geometry.Rule,
+    directions: Sequence[np.ndarray] = (),
 ) -> np.ndarray:
-    """The gradient to the boxes, in their shape; NaN for a box that is not finite, 0 in a batch index column."""
+    """The gradient to the boxes, in their shape; NaN for a box that is not finite, 0 in a batch index column.
+
+    With `directions` that of the derivative of the crops along them.
+    """
     dtype = boxes.dtype
     boxes, batch_indices = _numbers(features, boxes, batch_indices, rule)
     gradient = np.zeros(boxes.shape, np.float64)
     if grad_output.size and not rule.nearest:
         layout = _Layout.of(features)
-        for chunk in _chunks(features, boxes, batch_indices, rule):
+        for chunk in _Plan(features, boxes, batch_indices, rule, directions).chunks():
             grads = chunk.of(grad_output)
             flats = [np.zeros_like(weights.flat) for weights in chunk.weights]
             slopes = [weights.blocks(flat) for weights, flat in zip(chunk.weights, flats, strict=True)]
@@ -132,8 +152,8 @@ def box_gradient(
                 for box in piece.boxes:
                     window = source.level_window(box)
                     grad = layout.view(grads[box.number, piece.channels]).astype(source.dtype, copy=False)
-                    for axis in (0, 1):
-                        _add_weight_gradient(slopes[axis][box.place], axis, grad, window, box, layout.axes)
+                    for axis, others in box.partners(directions):
+                        _add_weight_gradient(slopes[axis][box.place], axis, grad, window, others, layout.axes)
             for axis in (0, 1):
                 of_start, of_bin = chunk.weights[axis].position_gradient(flats[axis])
                 low, high = chunk.axes[axis].edge_gradient(of_start, of_bin)
@@ -240,13 +260,24 @@ class _Source:
 # ---- the plan ----
 
 
+Blocks = tuple[list[Block], list[Block]]
+"""A box's weights along y and x, or their changes."""
+
+
 class _Box(NamedTuple):
     """A box at work."""
 
     number: int  # in the caller's boxes
     place: int  # in the chunk
     pixels: tuple[Pixels, Pixels]  # its rows and columns in the piece's window
-    blocks: tuple[list[Block], list[Block]]  # its weights along y and x
+    terms: list[Blocks]  # what is to be added up; without directions only its weights
+
+    def partners(self, directions: Sequence[np.ndarray]) -> Iterator[tuple[int, list[Block]]]:
+        """The axes, along which weights have yet to change, and the weights along the other axis."""
+        for taken, blocks in zip(geometry.terms(len(directions)), self.terms, strict=True):
+            for axis in (0, 1):
+                if taken[axis] is None:
+                    yield axis, blocks[1 - axis]
 
 
 class _Piece(NamedTuple):
@@ -283,85 +314,109 @@ class _Chunk(NamedTuple):
             yield int(self.boxes[place]), ~(inside_y[place][:, None] & inside_x[place])
 
 
-def _chunks(array: np.ndarray, boxes: np.ndarray, batch_indices: np.ndarray, rule: geometry.Rule) -> Iterator[_Chunk]:
-    """All boxes, as many at a time as the workspace holds the weights of. `array`: the features or their gradient."""
-    order = np.argsort(batch_indices, kind="stable")
-    sizes = array.shape[2:]
-    axes = [geometry.resolve(rule, boxes[order], axis, sizes[axis]) for axis in (0, 1)]
-    along_y, along_x = (AxisWeights.estimate_bytes(rule, axes[a], rule.bins[a], sizes[a]) for a in (0, 1))
-    cost = along_y + along_x
-    if array.shape[1] * math.prod(rule.bins) * _compute_dtype(array).itemsize > WORKSPACE:
-        cost[:] = math.inf
-    ends = np.cumsum(np.minimum(cost, 2 * WORKSPACE))
-    whole = [geometry.Part(range(bins)) for bins in rule.bins]
-    start = 0
-    while start < len(order):
-        limit = WORKSPACE + (ends[start - 1] if start else 0)
-        chosen = slice(start, max(start + 1, int(np.searchsorted(ends, limit))))
-        boxes_at_work, images = order[chosen], batch_indices[order[chosen]]
-        part = [axis.of(chosen) for axis in axes]
-        if cost[start] <= WORKSPACE:
-            weights = [AxisWeights(rule, part[a], whole[a], sizes[a], _compute_dtype(array)) for a in (0, 1)]
-            yield _chunk(array, boxes_at_work, images, part, weights)
-        else:
-            yield from _cut(array, boxes_at_work, images, part, rule)
-        start = chosen.stop
+class _Plan(NamedTuple):
+    """All that is to be done."""
 
+    array: np.ndarray  # the features or their gradient
+    boxes: np.ndarray
+    batch_indices: np.ndarray
+    rule: geometry.Rule
+    directions: Sequence[np.ndarray]
 
-def _cut(
-    array: np.ndarray, chosen: np.ndarray, images: np.ndarray, axes: list[geometry.Axis], rule: geometry.Rule
-) -> Iterator[_Chunk]:
-    """One box, in parts that the workspace holds; the parts of the same bins one after another."""
-    dtype, sizes = _compute_dtype(array), array.shape[2:]
-    numbers_at_once = max(1, WORKSPACE // (array.shape[1] * dtype.itemsize))  # of each channel
-    rows = max(1, min(rule.bins[0], numbers_at_once // rule.bins[1]))
-    at_most = (rows, max(1, numbers_at_once // rows))
+    @property
+    def dtype(self) -> np.dtype:
+        return _compute_dtype(self.array)
 
-    def parts(axis: int) -> Iterator[list[geometry.Part]]:
-        return AxisWeights.cut(rule, axes[axis], rule.bins[axis], sizes[axis], at_most[axis], WORKSPACE / 2)
+    def chunks(self) -> Iterator[_Chunk]:
+        """All boxes, as many at a time as the workspace holds the weights of."""
+        rule, sizes = self.rule, self.array.shape[2:]
+        order = np.argsort(self.batch_indices, kind="stable")
+        axes = [geometry.resolve(rule, self.boxes[order], axis, sizes[axis]) for axis in (0, 1)]
+        along_y, along_x = (AxisWeights.estimate_bytes(rule, axes[a], rule.bins[a], sizes[a]) for a in (0, 1))
+        cost = (along_y + along_x) * (1 + len(self.directions))
+        if self.array.shape[1] * math.prod(rule.bins) * self.dtype.itemsize > WORKSPACE:
+            cost[:] = math.inf
+        ends = np.cumsum(np.minimum(cost, 2 * WORKSPACE))
+        start = 0
+        while start < len(order):
+            limit = WORKSPACE + (ends[start - 1] if start else 0)
+            some = slice(start, max(start + 1, int(np.searchsorted(ends, limit))))
+            chosen, part = order[some], [axis.of(some) for axis in axes]
+            if cost[start] <= WORKSPACE:
+                whole = [geometry.Part(range(bins)) for bins in rule.bins]
+                yield self._chunk(chosen, part, [self._weights(part, axis, whole[axis]) for axis in (0, 1)])
+            else:
+                yield from self._cut(chosen, part)
+            start = some.stop
 
-    for parts_y in parts(0):
-        for parts_x in parts(1):
-            is_first = True
-            for y in parts_y:
-                along_y = AxisWeights(rule, axes[0], y, sizes[0], dtype)
-                for x in parts_x:
-                    weights = [along_y, AxisWeights(rule, axes[1], x, sizes[1], dtype)]
-                    yield _chunk(array, chosen, images, axes, weights)._replace(is_part=True, is_first=is_first)
-                    is_first = False
+    def _weights(self, axes: list[geometry.Axis], axis: int, part: geometry.Part) -> AxisWeights:
+        return AxisWeights(self.rule, axes[axis], part, self.array.shape[2 + axis], self.dtype)
 
+    def _cut(self, chosen: np.ndarray, axes: list[geometry.Axis]) -> Iterator[_Chunk]:
+        """One box, in parts that the workspace holds; the parts of the same bins one after another."""
+        bins, limit = self.rule.bins, WORKSPACE / 2 / (1 + len(self.directions))
+        numbers_at_once = max(1, WORKSPACE // (self.array.shape[1] * self.dtype.itemsize))  # of each channel
+        rows = max(1, min(bins[0], numbers_at_once // bins[1]))
+        at_most = (rows, max(1, numbers_at_once // rows))
 
-def _chunk(
-    array: np.ndarray, chosen: np.ndarray, images: np.ndarray, axes: list[geometry.Axis], weights: list[AxisWeights]
-) -> _Chunk:
-    layout = _Layout.of(array)
-    touches = (weights[0].counts > 0) & (weights[1].counts > 0)
-    along_y, along_x = (w.blocks(w.flat) for w in weights)
-    pieces = []
-    active = np.flatnonzero(touches)
-    borders = np.flatnonzero(np.diff(images[active], prepend=-1)) if active.size else active
-    for places in np.split(active, borders[1:]):
-        if not places.size:
-            continue
-        image = int(images[places[0]])
-        low = [int(w.first[places].min()) for w in weights]
-        high = [int(w.stop[places].max()) for w in weights]
-        window = layout.at([slice(a, b) for a, b in zip(low, high, strict=True)])
-        area = (high[0] - low[0]) * (high[1] - low[1])
-        members = [
-            _Box(
-                number,
-                place,
-                (weights[0].pixels(place, low[0]), weights[1].pixels(place, low[1])),
-                (along_y[place], along_x[place]),
-            )
-            for number, place in zip(chosen[places].tolist(), places.tolist(), strict=True)
-        ]
-        crowded = int((weights[0].counts[places] * weights[1].counts[places]).sum()) >= area
-        at_once = max(1, WORKSPACE // (area * _compute_dtype(array).itemsize))
-        for start in range(0, array.shape[1], at_once):
-            pieces.append(_Piece(image, slice(start, start + at_once), window, crowded, members))
-    return _Chunk(chosen, axes, weights, pieces, chosen[~touches])
+        def parts(axis: int) -> Iterator[list[geometry.Part]]:
+            size = self.array.shape[2 + axis]
+            return AxisWeights.cut(self.rule, axes[axis], bins[axis], size, at_most[axis], limit)
+
+        for parts_y in parts(0):
+            for parts_x in parts(1):
+                is_first = True
+                for y in parts_y:
+                    along_y = self._weights(axes, 0, y)
+                    for x in parts_x:
+                        chunk = self._chunk(chosen, axes, [along_y, self._weights(axes, 1, x)])
+                        yield chunk._replace(is_part=True, is_first=is_first)
+                        is_first = False
+
+    def _chunk(self, chosen: np.ndarray, axes: list[geometry.Axis], weights: list[AxisWeights]) -> _Chunk:
+        layout, images = _Layout.of(self.array), self.batch_indices[chosen]
+        touches = (weights[0].counts > 0) & (weights[1].counts > 0)
+        terms = self._terms(chosen, axes, weights)
+        pieces = []
+        active = np.flatnonzero(touches)
+        borders = np.flatnonzero(np.diff(images[active], prepend=-1)) if active.size else active
+        for places in np.split(active, borders[1:]):
+            if not places.size:
+                continue
+            image = int(images[places[0]])
+            low = [int(w.first[places].min()) for w in weights]
+            high = [int(w.stop[places].max()) for w in weights]
+            window = layout.at([slice(a, b) for a, b in zip(low, high, strict=True)])
+            area = (high[0] - low[0]) * (high[1] - low[1])
+            members = [
+                _Box(
+                    number,
+                    place,
+                    (weights[0].pixels(place, low[0]), weights[1].pixels(place, low[1])),
+                    [(along_y[place], along_x[place]) for along_y, along_x in terms],
+                )
+                for number, place in zip(chosen[places].tolist(), places.tolist(), strict=True)
+            ]
+            crowded = int((weights[0].counts[places] * weights[1].counts[places]).sum()) >= area
+            at_once = max(1, WORKSPACE // (area * self.dtype.itemsize))
+            for start in range(0, self.array.shape[1], at_once):
+                pieces.append(_Piece(image, slice(start, start + at_once), window, crowded, members))
+        return _Chunk(chosen, axes, weights, pieces, chosen[~touches])
+
+    def _terms(
+        self, chosen: np.ndarray, axes: list[geometry.Axis], weights: list[AxisWeights]
+    ) -> list[tuple[list[list[Block]], list[list[Block]]]]:
+        """For each term the matrices of all boxes along y and x."""
+
+        @functools.cache
+        def blocks(axis: int, direction: int | None) -> list[list[Block]]:
+            flat = weights[axis].flat
+            if direction is not None:
+                edges = [self.directions[direction][chosen, self.rule.columns[c]] for c in (axis, axis + 2)]
+                flat = weights[axis].change(*axes[axis].change(edges[0], edges[1]))
+            return weights[axis].blocks(flat)
+
+        return [(blocks(0, y), blocks(1, x)) for y, x in geometry.terms(len(self.directions))]
 
 
 # ---- the arithmetic ----
@@ -379,32 +434,42 @@ def _product(values: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
 def _exact_product(values: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
     """The same for values that hold NaN or infinities: these reach only where their weight is not 0.
 
-    A plain product would spread them over all that it computes, since 0 * NaN is NaN. Weights are not negative.
+    A plain product would spread them over all that it computes, since 0 * NaN is NaN.
     """
     total = _product(np.where(np.isfinite(values), values, 0), axis, matrix)
-    touched = (matrix != 0).astype(matrix.dtype)
-    for value, where in ((np.inf, np.isposinf(values)), (-np.inf, np.isneginf(values)), (np.nan, np.isnan(values))):
-        reached = _product(where.astype(matrix.dtype), axis, touched) > 0
-        total[reached] += value
+
+    def reached(where: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        found: np.ndarray = _product(where.astype(matrix.dtype), axis, weights.astype(matrix.dtype)) > 0
+        return found
+
+    up, down = np.isposinf(values), np.isneginf(values)
+    total[reached(up, matrix > 0) | reached(down, matrix < 0)] += np.inf
+    total[reached(up, matrix < 0) | reached(down, matrix > 0)] -= np.inf
+    total[reached(np.isnan(values), matrix != 0)] = np.nan
     return total
 
 
-def _resample(window: np.ndarray, dtype: np.dtype, box: _Box, axes: tuple[int, int], product: Product) -> np.ndarray:
-    """The crop of a window: Wy X Wx^T."""
-    first, second = _order(window.shape, box, axes)
-    lines = _resample_window(window, dtype, first, box, axes, product)
-    return _resample_axis(lines, axes[second], box.blocks[second], product)
+def _resample(
+    window: np.ndarray, dtype: np.dtype, terms: list[Blocks], axes: tuple[int, int], product: Product
+) -> np.ndarray:
+    """The crop of a window: Wy X Wx^T, or a sum of such."""
+    crops = []
+    for blocks in terms:
+        first, second = _order(window.shape, blocks, axes)
+        lines = _resample_window(window, dtype, first, blocks[first], axes, product)
+        crops.append(_resample_axis(lines, axes[second], blocks[second], product))
+    return crops[0] if len(crops) == 1 else sum(crops[1:], crops[0])
 
 
 def _resample_window(
-    window: np.ndarray, dtype: np.dtype, axis: int, box: _Box, axes: tuple[int, int], product: Product
+    window: np.ndarray, dtype: np.dtype, axis: int, blocks: list[Block], axes: tuple[int, int], product: Product
 ) -> np.ndarray:
     """A window resampled along y (0) or x (1); in strips, if it is one that is still to be converted."""
     if window.dtype == dtype and _blas_reads(window):
-        return _resample_axis(window, axes[axis], box.blocks[axis], product)
+        return _resample_axis(window, axes[axis], blocks, product)
     across = axes[1 - axis]
     parts = [
-        _resample_axis(np.ascontiguousarray(window[_at(across, strip)], dtype), axes[axis], box.blocks[axis], product)
+        _resample_axis(np.ascontiguousarray(window[_at(across, strip)], dtype), axes[axis], blocks, product)
         for strip in _strips(window.shape[across], window.size * dtype.itemsize)
     ]
     return parts[0] if len(parts) == 1 else np.concatenate(parts, across)
@@ -417,13 +482,13 @@ def _strips(width: int, nbytes: int) -> Iterator[slice]:
         yield slice(start, min(start + step, width))
 
 
-def _order(shape: tuple[int, ...], box: _Box, axes: tuple[int, int]) -> tuple[int, int]:
+def _order(shape: tuple[int, ...], blocks: Blocks, axes: tuple[int, int]) -> tuple[int, int]:
     """Which of y (0) and x (1) to resample first: the one whose result is the smaller.
 
     If in doubt, the one in the middle of the layout: its products read whole rows as they lie. What lies between
     the two products is thus never much larger than both the window and the crop.
     """
-    bins = [blocks[-1].bins.stop for blocks in box.blocks]
+    bins = [along[-1].bins.stop for along in blocks]
     between = [bins[axis] * shape[axes[1 - axis]] for axis in (0, 1)]
     first = axes.index(1)
     if between[first] > 2 * between[1 - first]:
@@ -438,18 +503,25 @@ def _resample_axis(values: np.ndarray, axis: int, blocks: list[Block], product: 
     return np.concatenate(parts, axis)
 
 
-def _add_spread(target: np.ndarray, grad: np.ndarray, box: _Box, layout: _Layout, product: Product) -> None:
+def _add_spread(
+    target: np.ndarray,
+    grad: np.ndarray,
+    box: tuple[Pixels, Pixels],
+    blocks: Blocks,
+    layout: _Layout,
+    product: Product,
+) -> None:
     """Adds the gradient to a box's pixels from that to its crop, Wy^T G Wx; in strips, if it is a large one."""
     axes = layout.axes
-    shape = [_length(pixels) for pixels in box.pixels]
+    shape = [_length(pixels) for pixels in box]
     window = list(grad.shape)
     window[axes[0]], window[axes[1]] = shape
-    second, first = _order(tuple(window), box, axes)
-    lines = _spread_axis(grad, axes[first], shape[first], box.blocks[first], product)
-    pixels = list(box.pixels)
+    second, first = _order(tuple(window), blocks, axes)
+    lines = _spread_axis(grad, axes[first], shape[first], blocks[first], product)
+    pixels = list(box)
     for strip in _strips(shape[first], math.prod(window) * grad.itemsize):
-        pixels[first] = _part(box.pixels[first], strip)
-        part = _spread_axis(lines[_at(axes[first], strip)], axes[second], shape[second], box.blocks[second], product)
+        pixels[first] = _part(box[first], strip)
+        part = _spread_axis(lines[_at(axes[first], strip)], axes[second], shape[second], blocks[second], product)
         target[layout.at(pixels)] += part
 
 
@@ -466,12 +538,12 @@ def _spread_axis(values: np.ndarray, axis: int, length: int, blocks: list[Block]
 
 
 def _add_weight_gradient(
-    slopes: list[Block], axis: int, grad: np.ndarray, window: np.ndarray, box: _Box, axes: tuple[int, int]
+    slopes: list[Block], axis: int, grad: np.ndarray, window: np.ndarray, others: list[Block], axes: tuple[int, int]
 ) -> None:
     """Adds the gradient to a box's weights along `axis`: the crop's, against the window resampled along the other."""
     other = 1 - axis
     for product in (_product, _exact_product):
-        lines = _resample_window(window, grad.dtype, other, box, axes, product)
+        lines = _resample_window(window, grad.dtype, other, others, axes, product)
         parts = [_contract(grad[_at(axes[axis], s.bins)], lines[_at(axes[axis], s.pixels)], axes[axis]) for s in slopes]
         if all(_is_finite(part) for part in parts):
             break

@@ -121,6 +121,11 @@ class AxisWeights:
         count = len(self.counts)
         return np.bincount(self.box, slope, count), np.bincount(self.box, slope * self.lever, count)
 
+    def change(self, of_start: np.ndarray, of_bin: np.ndarray) -> np.ndarray:
+        """How the weights change, laid out as `flat`, where each box's `start` and `bin` change by so much."""
+        slope = (of_start[self.box] + self.lever * of_bin[self.box]) * self.share
+        return self.scatter(-slope, slope).astype(self.flat.dtype, copy=False)
+
     def scatter(self, at_low: np.ndarray, at_high: np.ndarray) -> np.ndarray:
         """All matrices as one flat array, from a value for each tap; float64, summed in the order of the samples."""
         places = np.concatenate([self.low, self.high])

@@ -1,0 +1,140 @@
+"""Derivatives of crops along changes of the boxes: what second derivatives and forward mode are made of."""
+
+import numpy as np
+import pytest
+
+from cupy_roialign import numpy_backend
+from cupy_roialign.geometry import Dialect, Rule, terms
+from tests import tolerance
+
+X1_Y1_X2_Y2 = (1, 0, 3, 2)
+RULES = {
+    "roi_align": Rule(Dialect.ROI_ALIGN, (4, 5), X1_Y1_X2_Y2, 0.5, 2, aligned=True),
+    "roi_align, adaptive": Rule(Dialect.ROI_ALIGN, (2, 3), (2, 1, 4, 3), 1.0, 0),
+    "roi_align, many bins": Rule(Dialect.ROI_ALIGN, (20, 18), X1_Y1_X2_Y2, 1.0, 1, aligned=True),
+    "roi_crop": Rule(Dialect.ROI_CROP_CENTERS, (4, 5), X1_Y1_X2_Y2, extrapolation_value=3.0),
+    "roi_crop, corners": Rule(Dialect.ROI_CROP_CORNERS, (1, 5), X1_Y1_X2_Y2),
+    "crop_and_resize": Rule(Dialect.CROP_AND_RESIZE, (4, 1), (0, 1, 2, 3), extrapolation_value=3.0),
+    "nearest": Rule(Dialect.CROP_AND_RESIZE, (4, 3), (0, 1, 2, 3), nearest=True),
+}
+
+
+class Numpy:
+    forward = staticmethod(numpy_backend.forward)
+    feature_gradient = staticmethod(numpy_backend.feature_gradient)
+    box_gradient = staticmethod(numpy_backend.box_gradient)
+
+
+@pytest.fixture(params=["numpy"])
+def functions(request):
+    return Numpy
+
+
+@pytest.fixture(params=[3, 20], ids=["few channels", "many channels"])
+def channels(request):
+    return request.param
+
+
+@pytest.fixture(params=RULES)
+def case(request, channels):
+    """A rule, features, boxes, indices, a cotangent and two directions; float64."""
+    rule = RULES[request.param]
+    rng = np.random.default_rng(5)
+    features = rng.standard_normal((2, channels, 17, 19)) + 4
+    low = rng.uniform(-3, 12, (8, 2))
+    boxes = np.concatenate([low, low + rng.uniform(2, 12, (8, 2))], axis=1)
+    if rule.dialect is Dialect.CROP_AND_RESIZE:
+        boxes /= 18
+    boxes /= rule.spatial_scale
+    indices = rng.integers(0, 2, 8)
+    cotangent = rng.standard_normal((8, channels, *rule.bins))
+    directions = list(rng.standard_normal((2, 8, 4)))
+    if min(rule.columns) == 1:
+        boxes, *directions = (np.concatenate([indices[:, None], rows], axis=1) for rows in (boxes, *directions))
+    return rule, features, boxes, indices, cotangent, directions
+
+
+def inner(a, b, rule=None):
+    if rule is not None:  # a batch index column is no coordinate
+        a, b = a[:, sorted(rule.columns)], b[:, sorted(rule.columns)]
+    return float((np.asarray(a, np.float64) * b).sum())
+
+
+def test_the_derivative_is_the_transpose_of_the_gradient(case, functions):
+    rule, features, boxes, indices, cotangent, (u, v) = case
+    taken = (boxes, indices, rule)
+    along = functions.forward(features, *taken, [v])
+    gradient = functions.box_gradient(cotangent, features, *taken)
+    assert inner(cotangent, along) == pytest.approx(inner(v, gradient, rule), rel=1e-9, abs=1e-9)
+    both = functions.forward(features, *taken, [u, v])
+    gradient = functions.box_gradient(cotangent, features, *taken, [v])
+    assert inner(cotangent, both) == pytest.approx(inner(u, gradient, rule), rel=1e-9, abs=1e-9)
+    if not rule.nearest:
+        assert np.abs(along).max() > 0.1
+        assert rule.bins == (1, 5) or np.abs(both).max() > 0.01
+    else:
+        assert not along.any()
+        assert not both.any()
+
+
+def test_features_and_their_gradient(case, functions):
+    rule, features, boxes, indices, cotangent, directions = case
+    for some in ([], directions[:1], directions):
+        crops = functions.forward(features, boxes, indices, rule, some)
+        gradient = functions.feature_gradient(cotangent, features, boxes, indices, rule, some)
+        expected = inner(cotangent, crops)
+        if not some:  # the value outside of the image is not the features'
+            zero = functions.forward(np.zeros_like(features), boxes, indices, rule)
+            expected -= inner(cotangent, zero)
+        assert inner(features, gradient) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_differences(case, functions):
+    """Central differences of the next lower derivative, but for boxes within reach of a kink."""
+    rule, features, boxes, indices, _, (u, v) = case
+    step = 1e-6
+    for before, direction in (([], v), ([u], v)):
+        sides = [
+            functions.forward(features, boxes + sign * step * direction, indices, rule, before) for sign in (1, -1)
+        ]
+        middle = functions.forward(features, boxes, indices, rule, before)
+        smooth = np.abs(sides[0] + sides[1] - 2 * middle) < 1e-7
+        expected = (sides[0] - sides[1]) / (2 * step)
+        actual = functions.forward(features, boxes, indices, rule, [*before, direction])
+        assert smooth.mean() > 0.9
+        np.testing.assert_allclose(actual[smooth], expected[smooth], atol=1e-6, rtol=1e-6)
+
+
+def test_the_second_derivative_is_symmetric(case, functions):
+    rule, features, boxes, indices, _, (u, v) = case
+    a, b = (functions.forward(features, boxes, indices, rule, pair) for pair in ([u, v], [v, u]))
+    np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_float32(case, functions):
+    rule, features, boxes, indices, _, directions = case
+    narrow = [a.astype(np.float32) for a in (features, boxes)]
+    for some in (directions[:1], directions):
+        light = [d.astype(np.float32) for d in some]
+        actual = functions.forward(*narrow, indices, rule, light)
+        expected = functions.forward(narrow[0].astype(np.float64), narrow[1], indices, rule, light)
+        assert actual.dtype == np.float32
+        tolerance.assert_close(actual, expected, 1e-5)
+
+
+def test_infinite_pixels_keep_their_sign(functions):
+    """A derivative has weights of both signs."""
+    rule = Rule(Dialect.ROI_CROP_CORNERS, (1, 1), X1_Y1_X2_Y2)
+    features = np.zeros((1, 1, 1, 6))
+    features[..., 3] = np.inf
+    right = np.array([[1.0, 0, 1, 0]])
+    for x, expected in ((2.5, np.inf), (3.5, -np.inf), (4.5, 0)):
+        boxes = np.array([[x, 0, x, 0]])
+        assert functions.forward(features, boxes, np.array([0]), rule, [right]).item() == expected
+
+
+def test_terms():
+    """A product of one factor of y and one of x: nothing is left after two."""
+    assert terms(0) == ((None, None),)
+    assert len(terms(1)) == len(terms(2)) == 2
+    assert terms(3) == terms(4) == ()
