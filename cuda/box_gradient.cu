@@ -12,17 +12,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) box_gradient(const Argumen
     Axis axes[2];
     const bool sound = open_box(a, k, image, axes);
     Compute total[4] = {0, 0, 0, 0};  // to start and bin of y, then of x
-    if (sound && !a.rule.nearest) {
+    for (int term = 0; sound && !a.rule.nearest && term < term_count(a); ++term) {
+        const Change change_y = change_of(a, k, axes, term, 0), change_x = change_of(a, k, axes, term, 1);
         for (int first_p = 0; first_p < a.rule.bins[0]; first_p += TILE)
             for (int first_q = 0; first_q < a.rule.bins[1]; first_q += TILE) {
                 const int bins_y = min(TILE, a.rule.bins[0] - first_p), bins_x = min(TILE, a.rule.bins[1] - first_q);
                 TapStream<true> stream_y, stream_x;
                 const bool reads_y = thread < bins_y, reads_x = thread >= 32 && thread - 32 < bins_x;
-                if (reads_y) stream_y.start(axes[0], first_p + thread, a.size[0]);
+                if (reads_y) stream_y.start(axes[0], change_y, first_p + thread, a.size[0]);
                 bool more_y = true;
                 while (more_y) {
                     const bool unread_y = reads_y && along_y.read(a.rule, stream_y, thread);
-                    if (reads_x) stream_x.start(axes[1], first_q + thread - 32, a.size[1]);
+                    if (reads_x) stream_x.start(axes[1], change_x, first_q + thread - 32, a.size[1]);
                     bool more_x = true;
                     while (more_x) {
                         const bool unread_x = reads_x && along_x.read(a.rule, stream_x, thread - 32);
@@ -49,7 +50,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) box_gradient(const Argumen
                                 sums[2] += along_y.weight[p][i] * to_start;
                                 sums[3] += along_y.weight[p][i] * to_bin;
                             }
-                            for (int s = 0; s < 4; ++s) total[s] += grad * sums[s];
+                            // an axis that has changed already changes no more
+                            if (!change_y.wanted) total[0] += grad * sums[0], total[1] += grad * sums[1];
+                            if (!change_x.wanted) total[2] += grad * sums[2], total[3] += grad * sums[3];
                         }
                         __syncthreads();
                     }

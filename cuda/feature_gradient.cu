@@ -13,7 +13,7 @@ struct Band {
     int first[PIXELS], stop[PIXELS];
 
     // One thread a bin: its samples that touch the tile.
-    __device__ void fill(const Rule& rule, const Axis& axis, int bin, int place, int size, int start) {
+    __device__ void fill(const Rule& rule, const Axis& axis, const Change& change, int bin, int place, int size, int start) {
         for (int i = 0; i < PIXELS; ++i) weight[place][i] = 0;
         const Real origin = origin_of(axis, bin);
         const Compute share = (Compute)1 / (Compute)axis.samples;
@@ -25,8 +25,13 @@ struct Band {
             if (!taps.inside) continue;
             const int low = taps.low - start, high = taps.high - start;
             const Compute fraction = (Compute)taps.fraction;
-            if (low >= 0 && low < PIXELS) weight[place][low] += (1 - fraction) * share;
-            if (high >= 0 && high < PIXELS) weight[place][high] += fraction * share;
+            Compute at_low = (1 - fraction) * share, at_high = fraction * share;
+            if (change.wanted) {
+                at_high = low == high ? (Compute)0 : (change.start + lever_of(rule, bin, i, share) * change.bin) * share;
+                at_low = -at_high;
+            }
+            if (low >= 0 && low < PIXELS) weight[place][low] += at_low;
+            if (high >= 0 && high < PIXELS) weight[place][high] += at_high;
         }
     }
 
@@ -111,37 +116,40 @@ extern "C" __global__ void __launch_bounds__(THREADS) feature_gradient(const Arg
             long long image;
             Axis axes[2];
             open_box(a, k, image, axes);
-            for (int p = 0; p < a.rule.bins[0]; p += BINS) {
-                const int bins_y = min(BINS, a.rule.bins[0] - p);
-                if (!near(axes[0], p, p + bins_y, a.size[0], start[0])) continue;
-                if (thread < bins_y) along_y.fill(a.rule, axes[0], p + thread, thread, a.size[0], start[0]);
-                __syncthreads();
-                if (!__syncthreads_or(thread < PIXELS && along_y.range(thread, bins_y))) continue;
-                for (int q = 0; q < a.rule.bins[1]; q += BINS) {
-                    const int bins_x = min(BINS, a.rule.bins[1] - q);
-                    if (!near(axes[1], q, q + bins_x, a.size[1], start[1])) continue;
-                    if (thread < bins_x) along_x.fill(a.rule, axes[1], q + thread, thread, a.size[1], start[1]);
+            for (int term = 0; term < term_count(a); ++term) {
+                const Change change_y = change_of(a, k, axes, term, 0), change_x = change_of(a, k, axes, term, 1);
+                for (int p = 0; p < a.rule.bins[0]; p += BINS) {
+                    const int bins_y = min(BINS, a.rule.bins[0] - p);
+                    if (!near(axes[0], p, p + bins_y, a.size[0], start[0])) continue;
+                    if (thread < bins_y) along_y.fill(a.rule, axes[0], change_y, p + thread, thread, a.size[0], start[0]);
                     __syncthreads();
-                    if (__syncthreads_or(thread < PIXELS && along_x.range(thread, bins_x))) {
-                        for (int m = 0; m < OUTPUTS; ++m) {
-                            const int place = thread + m * THREADS;
-                            if (place >= outputs) break;
-                            int c, y, x;
-                            split(place, channels, rows, columns, c, y, x);
-                            const Offset crop = (Offset)k * (Offset)a.output_strides[0] + (Offset)(first_channel + c) * (Offset)a.output_strides[1];
-                            for (int i = along_y.first[y]; i < along_y.stop[y]; ++i) {
-                                const Compute weight = along_y.weight[i][y];
-                                if (weight == 0) continue;  // 0 times NaN is not 0
-                                const Offset row = crop + (Offset)(p + i) * (Offset)a.output_strides[2];
-                                Compute sum = 0;
-                                for (int j = along_x.first[x]; j < along_x.stop[x]; ++j)
-                                    if (along_x.weight[j][x] != 0)
-                                        sum += along_x.weight[j][x] * get_grad(a.grad_output, row + (Offset)(q + j) * (Offset)a.output_strides[3]);
-                                total[m] += weight * sum;
+                    if (!__syncthreads_or(thread < PIXELS && along_y.range(thread, bins_y))) continue;
+                    for (int q = 0; q < a.rule.bins[1]; q += BINS) {
+                        const int bins_x = min(BINS, a.rule.bins[1] - q);
+                        if (!near(axes[1], q, q + bins_x, a.size[1], start[1])) continue;
+                        if (thread < bins_x) along_x.fill(a.rule, axes[1], change_x, q + thread, thread, a.size[1], start[1]);
+                        __syncthreads();
+                        if (__syncthreads_or(thread < PIXELS && along_x.range(thread, bins_x))) {
+                            for (int m = 0; m < OUTPUTS; ++m) {
+                                const int place = thread + m * THREADS;
+                                if (place >= outputs) break;
+                                int c, y, x;
+                                split(place, channels, rows, columns, c, y, x);
+                                const Offset crop = (Offset)k * (Offset)a.output_strides[0] + (Offset)(first_channel + c) * (Offset)a.output_strides[1];
+                                for (int i = along_y.first[y]; i < along_y.stop[y]; ++i) {
+                                    const Compute weight = along_y.weight[i][y];
+                                    if (weight == 0) continue;  // 0 times NaN is not 0
+                                    const Offset row = crop + (Offset)(p + i) * (Offset)a.output_strides[2];
+                                    Compute sum = 0;
+                                    for (int j = along_x.first[x]; j < along_x.stop[x]; ++j)
+                                        if (along_x.weight[j][x] != 0)
+                                            sum += along_x.weight[j][x] * get_grad(a.grad_output, row + (Offset)(q + j) * (Offset)a.output_strides[3]);
+                                    total[m] += weight * sum;
+                                }
                             }
                         }
+                        __syncthreads();
                     }
-                    __syncthreads();
                 }
             }
             __syncthreads();

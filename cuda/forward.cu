@@ -30,14 +30,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const Arguments a)
         total[m] = 0;
         inside[m] = false;
     }
-    if (sound) {  // the same for the whole block
+    for (int term = 0; sound && term < term_count(a); ++term) {  // the same for the whole block
         TapStream<false> stream_y, stream_x;
         const bool reads_y = thread < bins_y, reads_x = thread >= 32 && thread - 32 < bins_x;
-        if (reads_y) stream_y.start(axes[0], first_p + thread, a.size[0]);
+        const Change change_y = change_of(a, k, axes, term, 0), change_x = change_of(a, k, axes, term, 1);
+        if (reads_y) stream_y.start(axes[0], change_y, first_p + thread, a.size[0]);
         bool more_y = true;
         while (more_y) {
             const bool unread_y = reads_y && along_y.read(a.rule, stream_y, thread);
-            if (reads_x) stream_x.start(axes[1], first_q + thread - 32, a.size[1]);
+            if (reads_x) stream_x.start(axes[1], change_x, first_q + thread - 32, a.size[1]);
             bool more_x = true;
             while (more_x) {
                 const bool unread_x = reads_x && along_x.read(a.rule, stream_x, thread - 32);
@@ -67,7 +68,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) forward(const Arguments a)
         if (place >= outputs) break;
         int c, p, q;
         split(place, channels, bins_y, bins_x, c, p, q);
-        const Compute value = !sound ? (Compute)NAN_VALUE : inside[m] ? total[m] : (Compute)a.rule.extrapolation_value;
+        const bool has_value = inside[m] || a.direction_count > 0;
+        const Compute value = !sound ? (Compute)NAN_VALUE : has_value ? total[m] : (Compute)a.rule.extrapolation_value;
         put(a.result,
             (Offset)k * (Offset)a.output_strides[0] + (Offset)(first_channel + c) * (Offset)a.output_strides[1] +
                 (Offset)(first_p + p) * (Offset)a.output_strides[2] + (Offset)(first_q + q) * (Offset)a.output_strides[3],

@@ -7,9 +7,10 @@ struct Arguments {
     const void* boxes;         // (K, 4 or 5)
     const void* batch_indices; // (K,)
     void* result;              // crops, a gradient to the features, or a gradient to the boxes
-    long long feature_strides[4], output_strides[4], box_strides[2], index_stride;  // in elements
+    const void* directions[2]; // each like the boxes: changes of them, along which to take the derivative
+    long long feature_strides[4], output_strides[4], box_strides[2], index_stride, direction_strides[4];  // in elements
     long long images, count, first_block;  // N, K, and the number of the first block of this launch
-    int channels, size[2], index_kind, channels_at_once, box_columns;
+    int channels, size[2], index_kind, channels_at_once, box_columns, direction_count;
     Rule rule;
 };
 
@@ -71,6 +72,35 @@ DEVICE bool open_box(const Arguments& a, long long k, long long& image, Axis* ax
     return true;
 }
 
+// Which of the directions an axis takes in a term, or -1: `terms` of geometry.py.
+DEVICE int term_count(const Arguments& a) { return a.direction_count == 0 ? 1 : 2; }
+DEVICE int direction_of(const Arguments& a, int term, int axis) {
+    if (a.direction_count == 0) return -1;
+    return axis == term ? 0 : a.direction_count == 2 ? 1 : -1;
+}
+
+// How an axis of a box changes along a direction. Where it does, weights are the changes of weights.
+struct Change {
+    bool wanted;
+    Compute start, bin;
+};
+
+DEVICE Change change_of(const Arguments& a, long long k, const Axis* axes, int term, int axis) {
+    const int direction = direction_of(a, term, axis);
+    if (direction < 0) return {false, 0, 0};
+    const Box* row = (const Box*)a.directions[direction] + k * a.direction_strides[2 * direction];
+    const double low = row[a.rule.columns[axis] * a.direction_strides[2 * direction + 1]];
+    const double high = row[a.rule.columns[axis + 2] * a.direction_strides[2 * direction + 1]];
+    return {true, (Compute)(low * axes[axis].start_slope[0] + high * axes[axis].start_slope[1]),
+            (Compute)((high - low) * axes[axis].bin_slope)};
+}
+
+// d position / d bin of sample i of a bin.
+DEVICE Compute lever_of(const Rule& rule, int bin, long long i, Compute share) {
+    const Compute offset = rule.dialect == ROI_ALIGN ? (Compute)0.5 : (Compute)0;
+    return (Compute)bin + ((Compute)i + offset) * share;
+}
+
 const int TILE = 8;       // bins of an axis that a block works on together
 const int MOST_TAPS = 16; // taps of a bin that it holds at a time
 
@@ -81,14 +111,16 @@ const int MOST_TAPS = 16; // taps of a bin that it holds at a time
 template <bool Slopes>
 struct TapStream {
     Axis axis;
+    Change change;
     Real origin;
     long long next, stop;
     int bin, size, base;
     bool open;
     Compute weight[2], to_start[2], to_bin[2];
 
-    __device__ void start(const Axis& of, int p, int pixels) {
+    __device__ void start(const Axis& of, const Change& along, int p, int pixels) {
         axis = of;
+        change = along;
         bin = p;
         size = pixels;
         origin = origin_of(axis, p);
@@ -146,11 +178,16 @@ struct TapStream {
             }
             const Compute share = (Compute)1 / (Compute)axis.samples, fraction = (Compute)taps.fraction;
             const int high = taps.high - taps.low;
-            weight[0] += (1 - fraction) * share;
-            weight[high] += fraction * share;
+            const Compute lever = lever_of(rule, bin, i, share);
+            if (!change.wanted) {
+                weight[0] += (1 - fraction) * share;
+                weight[high] += fraction * share;
+            } else if (high) {
+                const Compute slope = (change.start + lever * change.bin) * share;
+                weight[0] -= slope;
+                weight[1] += slope;
+            }
             if (Slopes && high) {
-                const Compute offset = rule.dialect == ROI_ALIGN ? (Compute)0.5 : (Compute)0;
-                const Compute lever = (Compute)bin + ((Compute)i + offset) * share;
                 to_start[0] -= share;
                 to_start[1] += share;
                 to_bin[0] -= share * lever;

@@ -8,6 +8,7 @@ goes to the device of the arrays and to the library's current stream there. Noth
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,22 +52,37 @@ class GpuBackend:
 
     # ---- the operators ----
 
-    def forward(self, features: Any, boxes: Any, batch_indices: Any, rule: geometry.Rule) -> Any:
-        """(K, C, bins_y, bins_x) crops, in the memory order of `features`; NaN for a broken box."""
+    def forward(
+        self, features: Any, boxes: Any, batch_indices: Any, rule: geometry.Rule, directions: Sequence[Any] = ()
+    ) -> Any:
+        """(K, C, bins_y, bins_x) crops, in the memory order of `features`; NaN for a broken box.
+
+        With `directions`, up to two changes of the boxes and like them in shape: the derivative of the crops along
+        them.
+        """
         with self.on(features):
             features = self._known(features)
             dtype = arrays.output_name(arrays.dtype_name(features))
             output = self._allocate((len(boxes), features.shape[1], *rule.bins), dtype, features, features)
             blocks, area = _tiles(rule.bins)
-            self._launch("forward", blocks * len(boxes), area, features, output, boxes, batch_indices, rule, output)
+            blocks *= len(boxes)
+            at_work = (features, output, boxes, batch_indices, output)
+            self._launch("forward", blocks, area, at_work, rule, directions)
             return output
 
     def feature_gradient(
-        self, grad_output: Any, features: Any, boxes: Any, batch_indices: Any, rule: geometry.Rule
+        self,
+        grad_output: Any,
+        features: Any,
+        boxes: Any,
+        batch_indices: Any,
+        rule: geometry.Rule,
+        directions: Sequence[Any] = (),
     ) -> Any:
         """The gradient to the features, in their memory order; float32 where they are integers.
 
-        A block owns a part of it, and adds the boxes that touch that part in their order: the same bits each time.
+        With `directions` that of the derivative of the crops along them. A block owns a part of it, and adds the boxes
+        that touch that part in their order: the same bits each time.
         """
         with self.on(grad_output):
             dtype = arrays.output_name(arrays.dtype_name(features))
@@ -74,16 +90,29 @@ class GpuBackend:
             grad = self._readable(grad_output, dtype)
             blocks, area = _tiles(tuple(features.shape[2:]))
             blocks *= features.shape[0]
-            self._launch("feature_gradient", blocks, area, gradient, grad, boxes, batch_indices, rule, gradient)
+            at_work = (gradient, grad, boxes, batch_indices, gradient)
+            self._launch("feature_gradient", blocks, area, at_work, rule, directions)
             return gradient
 
-    def box_gradient(self, grad_output: Any, features: Any, boxes: Any, batch_indices: Any, rule: geometry.Rule) -> Any:
-        """The gradient to the boxes, in their shape; NaN for a broken box, 0 in a batch index column."""
+    def box_gradient(
+        self,
+        grad_output: Any,
+        features: Any,
+        boxes: Any,
+        batch_indices: Any,
+        rule: geometry.Rule,
+        directions: Sequence[Any] = (),
+    ) -> Any:
+        """The gradient to the boxes, in their shape; NaN for a broken box, 0 in a batch index column.
+
+        With `directions` that of the derivative of the crops along them.
+        """
         with self.on(features):
             features = self._known(features)
             grad = self._readable(grad_output, arrays.dtype_name(features))
             gradient = self.empty(tuple(boxes.shape), kernels.box_name(arrays.dtype_name(boxes)), features)
-            self._launch("box_gradient", len(boxes), 0, features, grad, boxes, batch_indices, rule, gradient)
+            at_work = (features, grad, boxes, batch_indices, gradient)
+            self._launch("box_gradient", len(boxes), 0, at_work, rule, directions)
             return self.cast(gradient, arrays.dtype_name(boxes))
 
     def _launch(
@@ -91,31 +120,31 @@ class GpuBackend:
         name: str,
         blocks: int,
         area: int,
-        planes: Any,
-        crops: Any,
-        boxes: Any,
-        batch_indices: Any,
+        at_work: tuple[Any, Any, Any, Any, Any],
         rule: geometry.Rule,
-        result: Any,
+        directions: Sequence[Any],
     ) -> None:
         """Runs a kernel over `blocks` tiles of `area` outputs for each channel; 0: a block takes all channels.
 
-        `planes`: the features or their gradient. `crops`: the output or its gradient.
+        `at_work`: the features or their gradient, the crops or their gradient, boxes, batch indices, and the result.
         """
+        planes, crops, boxes, batch_indices, result = at_work
         if checks.wanted():
             validation.whole_indices(self.host(batch_indices), planes.shape[0])
-        boxes = self.cast(boxes, kernels.box_name(arrays.dtype_name(boxes)))
+        box_dtype = kernels.box_name(arrays.dtype_name(boxes))
+        boxes, *directions = (self.cast(rows, box_dtype) for rows in (boxes, *directions))
         if arrays.dtype_name(batch_indices) in arrays.FLOATS:
-            batch_indices = self.cast(batch_indices, arrays.dtype_name(boxes))
+            batch_indices = self.cast(batch_indices, box_dtype)
         channels = planes.shape[1]
         at_once = max(1, min(channels, OUTPUTS // area)) if area else channels
         blocks *= -(-channels // at_once) if area else 1
         if blocks == 0:
             return
-        at_work = [self.view(array) for array in (planes, crops, boxes, batch_indices, result)]
-        kernel = kernels.kernel(name, types_of(at_work[0], at_work[1], at_work[2], rule))
+        views = [self.view(array) for array in (planes, crops, boxes, batch_indices, result)]
+        changes = [self.view(array) for array in directions]
+        kernel = kernels.kernel(name, types_of(views[0], views[1], views[2], rule))
         for first in range(0, blocks, MOST_BLOCKS):
-            arguments = kernels.arguments(at_work, rule, first, at_once)
+            arguments = kernels.arguments(views, changes, rule, first, at_once)
             kernel((min(MOST_BLOCKS, blocks - first),), (THREADS,), (arguments,))
 
     def view(self, array: Any) -> kernels.View:

@@ -86,10 +86,12 @@ ARGUMENTS = np.dtype(
         ("boxes", "u8"),
         ("batch_indices", "u8"),
         ("result", "u8"),
+        ("directions", "u8", 2),
         ("feature_strides", "i8", 4),
         ("output_strides", "i8", 4),
         ("box_strides", "i8", 2),
         ("index_stride", "i8"),
+        ("direction_strides", "i8", 4),
         ("images", "i8"),
         ("count", "i8"),
         ("first_block", "i8"),
@@ -98,6 +100,7 @@ ARGUMENTS = np.dtype(
         ("index_kind", "i4"),
         ("channels_at_once", "i4"),
         ("box_columns", "i4"),
+        ("direction_count", "i4"),
         ("rule", RULE),
     ],
     align=True,
@@ -131,18 +134,25 @@ def rule_bytes(rule: geometry.Rule) -> bytes:
     )
 
 
-def arguments(at_work: Sequence[View], rule: geometry.Rule, first: int, at_once: int) -> np.ndarray:
+def arguments(
+    at_work: Sequence[View], directions: Sequence[View], rule: geometry.Rule, first: int, at_once: int
+) -> np.ndarray:
     """ARGUMENTS of a launch whose first block has that number, for so many channels a block.
 
     `at_work`: features or their gradient, crops or their gradient, boxes, batch indices, result.
     """
     planes, crops, boxes, indices, _ = at_work
+    absent = 2 - len(directions)
     packed = _ARGUMENTS.pack(
         *(view.pointer for view in at_work),
+        *(view.pointer for view in directions),
+        *[0] * absent,
         *planes.strides,
         *crops.strides,
         *boxes.strides,
         *indices.strides,
+        *(stride for view in directions for stride in view.strides),
+        *[0] * 2 * absent,
         planes.shape[0],
         boxes.shape[0],
         first,
@@ -150,8 +160,10 @@ def arguments(at_work: Sequence[View], rule: geometry.Rule, first: int, at_once:
         INDEX_KINDS[indices.dtype],
         at_once,
         boxes.shape[1],
+        len(directions),
     )
-    return np.frombuffer(bytearray(packed + rule_bytes(rule)), ARGUMENTS).reshape(())
+    end = rule_bytes(rule)
+    return np.frombuffer(bytearray(packed.ljust(ARGUMENTS.itemsize - len(end), b"\0") + end), ARGUMENTS).reshape(())
 
 
 def box_name(name: str) -> str:

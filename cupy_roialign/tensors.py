@@ -7,7 +7,7 @@ for results is torch's, and so is the stream.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,19 @@ from cupy_roialign import arrays, gpu_backend, numpy_backend
 from cupy_roialign.geometry import Rule
 
 
-def forward(features: torch.Tensor, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule) -> torch.Tensor:
+def forward(
+    features: torch.Tensor,
+    boxes: torch.Tensor,
+    batch_indices: torch.Tensor,
+    rule: Rule,
+    directions: Sequence[torch.Tensor] = (),
+) -> torch.Tensor:
     if _on_cpu(features):
-        crops = numpy_backend.forward(_array(features), _array(boxes), _array(batch_indices), rule)
+        crops = numpy_backend.forward(
+            _array(features), _array(boxes), _array(batch_indices), rule, [_array(rows) for rows in directions]
+        )
         return _tensor(crops, arrays.output_name(arrays.dtype_name(features)))
-    return _cuda.forward(_plain(features), _plain(boxes), _plain(batch_indices), rule)
+    return _cuda.forward(_plain(features), _plain(boxes), _plain(batch_indices), rule, [*map(_plain, directions)])
 
 
 def feature_gradient(
@@ -31,6 +39,7 @@ def feature_gradient(
     boxes: torch.Tensor,
     batch_indices: torch.Tensor,
     rule: Rule,
+    directions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     if _on_cpu(grad_output):
         like = arrays.Like(tuple(features.shape), arrays.strides(features), arrays.dtype_name(features))
@@ -40,20 +49,35 @@ def feature_gradient(
             _array(boxes),
             _array(batch_indices),
             rule,
+            [_array(rows) for rows in directions],
         )
         return _tensor(gradient, arrays.output_name(like.dtype))
-    return _cuda.feature_gradient(_plain(grad_output), features, _plain(boxes), _plain(batch_indices), rule)
+    return _cuda.feature_gradient(
+        _plain(grad_output), features, _plain(boxes), _plain(batch_indices), rule, [*map(_plain, directions)]
+    )
 
 
 def box_gradient(
-    grad_output: torch.Tensor, features: torch.Tensor, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule
+    grad_output: torch.Tensor,
+    features: torch.Tensor,
+    boxes: torch.Tensor,
+    batch_indices: torch.Tensor,
+    rule: Rule,
+    directions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     if _on_cpu(grad_output):
         gradient = numpy_backend.box_gradient(
-            _array(grad_output), _array(features), _array(boxes), _array(batch_indices), rule
+            _array(grad_output),
+            _array(features),
+            _array(boxes),
+            _array(batch_indices),
+            rule,
+            [_array(rows) for rows in directions],
         )
         return _tensor(gradient, arrays.dtype_name(boxes))
-    return _cuda.box_gradient(_plain(grad_output), _plain(features), _plain(boxes), _plain(batch_indices), rule)
+    return _cuda.box_gradient(
+        _plain(grad_output), _plain(features), _plain(boxes), _plain(batch_indices), rule, [*map(_plain, directions)]
+    )
 
 
 def _on_cpu(tensor: torch.Tensor) -> bool:

@@ -19,15 +19,29 @@ RULES = {
 }
 
 
-class Numpy:
-    forward = staticmethod(numpy_backend.forward)
-    feature_gradient = staticmethod(numpy_backend.feature_gradient)
-    box_gradient = staticmethod(numpy_backend.box_gradient)
+class OnGpu:
+    """The functions of a backend for CuPy arrays, with NumPy arrays in and out."""
+
+    def __init__(self, cupy):
+        self.cupy = cupy
+
+    def __getattr__(self, name):
+        from cupy_roialign import cupy_backend
+
+        def call(*args):
+            return getattr(cupy_backend, name)(*map(self.convert, args)).get()
+
+        return call
+
+    def convert(self, value):
+        if isinstance(value, (list, tuple)):
+            return [self.convert(part) for part in value]
+        return self.cupy.asarray(value) if isinstance(value, np.ndarray) else value
 
 
-@pytest.fixture(params=["numpy"])
+@pytest.fixture(params=["numpy", "emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
 def functions(request):
-    return Numpy
+    return numpy_backend if request.param == "numpy" else OnGpu(request.getfixturevalue(request.param))
 
 
 @pytest.fixture(params=[3, 20], ids=["few channels", "many channels"])

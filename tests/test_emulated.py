@@ -33,7 +33,7 @@ def test_the_backends_mirror_each_other(cupy):
         return {name: list(inspect.signature(f).parameters) for name, f in own.items()}
 
     assert public(cupy_backend) == public(numpy_backend)
-    assert public(tensors).items() < public(numpy_backend).items()
+    assert public(tensors) == {name: found for name, found in public(numpy_backend).items() if name != "join"}
     assert len(public(numpy_backend)) == 4
 
 
@@ -154,9 +154,9 @@ def spoiled(cupy, name, before, after, types=("float32", "float32", "float32", "
     return cupy.RawKernel(code.replace(before, after), name)
 
 
-FILL = "along_y.fill(a.rule, axes[0], p + thread, thread, a.size[0], start[0]);\n"
+FILL = "along_y.fill(a.rule, axes[0], change_y, p + thread, thread, a.size[0], start[0]);\n"
 BARRIERS = {
-    "feature_gradient": (FILL + "                __syncthreads();", FILL),
+    "feature_gradient": (FILL + 20 * " " + "__syncthreads();", FILL),
     "box_gradient": ("        __syncthreads();\n        if (thread < half)", "        if (thread < half)"),
 }
 
@@ -176,7 +176,7 @@ def test_a_missing_barrier_is_found(name, cupy, monkeypatch):
 
 def test_threads_that_part_are_found(cupy):
     """A barrier that only some of a block's threads reach hangs a GPU."""
-    before = "    if (sound) {  // the same"
+    before = "    for (int term = 0;"
     bad = spoiled(cupy, "forward", before, "    if (threadIdx.x == 3) return;\n" + before)
     device = [cupy.asarray(array) for array in problem()[:3]]
     with pytest.MonkeyPatch.context() as patch:

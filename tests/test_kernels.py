@@ -130,7 +130,8 @@ def test_the_structure_of_arguments_is_that_of_the_kernels(cupy):
     """Sizes are compared at each launch; here each field, by a kernel that reads it."""
     types = kernels.Types("float32", "float32", "float32", "float32", False, False)
     fields = [
-        "a.feature_strides[3]", "a.output_strides[0]", "a.box_strides[1]", "a.index_stride", "a.images", "a.count",
+        "a.feature_strides[3]", "a.output_strides[0]", "a.box_strides[1]", "a.index_stride", "a.direction_strides[3]",
+        "a.direction_count", "a.images", "a.count",
         "a.first_block", "a.channels", "a.size[1]", "a.index_kind", "a.channels_at_once", "a.box_columns",
         "a.rule.spatial_scale", "a.rule.extrapolation_value", "a.rule.dialect", "a.rule.bins[1]", "a.rule.columns[3]",
         "a.rule.sampling_ratio", "a.rule.aligned", "a.rule.nearest",
@@ -164,16 +165,18 @@ def test_arguments_are_packed_in_the_order_of_their_names():
         for i, shape in enumerate(shapes)
     ]
     rule = Rule(Dialect.ROI_CROP_CORNERS, (8, 9), (2, 1, 4, 3), 0.25, 6, True, True, -1.5)
-    packed = kernels.arguments(at_work, rule, 77, 11)
+    directions = [kernels.View(200, (91, 92), (7, 5), "float32")]
+    packed = kernels.arguments(at_work, directions, rule, 77, 11)
     fields = {name: packed[name].tolist() for name in kernels.ARGUMENTS.names if name != "rule"}
     assert {name: packed["rule"][name].tolist() for name in kernels.RULE.names} == {
         "spatial_scale": 0.25, "extrapolation_value": -1.5, "dialect": 2, "bins": [8, 9], "columns": [2, 1, 4, 3],
         "sampling_ratio": 6, "aligned": 1, "nearest": 1,
     }  # fmt: skip
     assert fields == {
-        "features": 100, "grad_output": 101, "boxes": 102, "batch_indices": 103, "result": 104,
+        "features": 100, "grad_output": 101, "boxes": 102, "batch_indices": 103, "result": 104, "directions": [200, 0],
         "feature_strides": [0, 1, 2, 3], "output_strides": [10, 11, 12, 13], "box_strides": [20, 21],
-        "index_stride": 30, "images": 2, "count": 7, "first_block": 77, "channels": 3, "size": [4, 5],
+        "index_stride": 30, "direction_strides": [91, 92, 0, 0], "direction_count": 1,
+        "images": 2, "count": 7, "first_block": 77, "channels": 3, "size": [4, 5],
         "index_kind": 2, "channels_at_once": 11, "box_columns": 5,
     }  # fmt: skip
 
