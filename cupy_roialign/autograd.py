@@ -1,59 +1,284 @@
-"""Tensors: autograd Functions around the backends."""
+"""Derivatives of the operators on tensors.
+
+Three functions are enough for derivatives of every kind and order, since they are each other's:
+
+    crops(X; b, d..)           the crops of features X with boxes b or, with directions d, their derivative along these
+    to_features(g; b, d..)     its transpose in X: the gradient to the features from one, g, to the crops
+    to_boxes(g, X; b, d..)     the gradient of <g, crops(X; b, d..)> to the boxes
+
+crops is linear in X and in each direction. A direction v adds itself to the others when the boxes are differentiated:
+<v, to_boxes(g, X; b, d..)> = <g, crops(X; b, d.., v)>.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from cupy_roialign import arrays, tensors
 from cupy_roialign.geometry import Rule
 
-if TYPE_CHECKING:
-    from cupy_roialign.dispatch import Request
+Tensors = Sequence[torch.Tensor]
 
 
-class TensorHome:
-    """Where tensors are computed on: see `dispatch.Home`."""
+class Family(NamedTuple):
+    """The three functions in one of their forms, which differentiates to calls of the same form."""
 
-    def check(self, name: str, tensor: torch.Tensor) -> None:
-        """A tensor whose elements are not in memory would be read as what happens to lie at address 0, or anywhere."""
-        if tensor.layout != torch.strided or tensor.is_nested:
-            kind = "nested" if tensor.is_nested else str(tensor.layout)
-            raise TypeError(
-                f"{name} must be a dense tensor; got one that is {kind}; use its to_dense or to_padded_tensor"
-            )
-        if not _has_memory(tensor):
-            raise TypeError(
-                f"{name} must be a tensor with elements in memory; got a {type(tensor).__name__} without (a fake, "
-                f"masked, or otherwise wrapped tensor)"
-            )
+    crops: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Rule, Tensors], torch.Tensor]
+    to_features: Callable[[torch.Tensor, arrays.Like, torch.Tensor, torch.Tensor, Rule, Tensors], torch.Tensor]
+    to_boxes: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Rule, Tensors], torch.Tensor]
 
-    def join(self, boxes: list[torch.Tensor], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not boxes:
-            return torch.zeros((0, 4), device=like.device), torch.zeros(0, dtype=torch.int64, device=like.device)
-        # One by one: on a GPU torch.repeat_interleave waits, and a copy from the host's memory does, too.
-        indices = [torch.full((len(part),), i, dtype=torch.int64, device=like.device) for i, part in enumerate(boxes)]
-        return torch.cat(boxes), torch.cat(indices)
+    def crops_backward(
+        self,
+        needs: Sequence[bool],
+        grad: torch.Tensor,
+        features: torch.Tensor | None,
+        like: arrays.Like,
+        boxes: torch.Tensor,
+        batch_indices: torch.Tensor,
+        rule: Rule,
+        directions: Tensors,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Gradients to features, boxes and each direction, where they are needed."""
+        needs_features, needs_boxes, *needs_directions = needs
+        at = (boxes, batch_indices, rule)
+        to_features = self.to_features(grad, like, *at, directions) if needs_features else None
+        if features is None:  # was not kept, for nothing below needs it
+            return (to_features, *[None] * (len(needs) - 1))
+        to_boxes = self.to_boxes(grad, features, *at, directions) if needs_boxes else None
+        to_directions = self._to_directions(needs_directions, grad, features, *at, directions)
+        return to_features, to_boxes, *to_directions
 
-    def column(self, boxes: torch.Tensor) -> torch.Tensor:
-        return boxes.detach()[:, 0]
+    def to_features_backward(
+        self,
+        needs: Sequence[bool],
+        cotangent: torch.Tensor,
+        grad: torch.Tensor,
+        boxes: torch.Tensor,
+        batch_indices: torch.Tensor,
+        rule: Rule,
+        directions: Tensors,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Gradients to grad, boxes and each direction."""
+        needs_grad, needs_boxes, *needs_directions = needs
+        at = (boxes, batch_indices, _without_constant(rule))
+        to_grad = self.crops(cotangent, *at, directions) if needs_grad else None
+        to_boxes = self.to_boxes(grad, cotangent, *at, directions) if needs_boxes else None
+        return to_grad, to_boxes, *self._to_directions(needs_directions, grad, cotangent, *at, directions)
 
-    def forward(self, request: Request) -> torch.Tensor:
-        return _apply(_RoI, *request)
+    def to_boxes_backward(
+        self,
+        needs: Sequence[bool],
+        cotangent: torch.Tensor,
+        grad: torch.Tensor,
+        features: torch.Tensor,
+        boxes: torch.Tensor,
+        batch_indices: torch.Tensor,
+        rule: Rule,
+        directions: Tensors,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Gradients to grad, features, boxes and each direction."""
+        needs_grad, needs_features, needs_boxes, *needs_directions = needs
+        at, along = (boxes, batch_indices, rule), [*directions, cotangent]
+        to_grad = self.crops(features, *at, along) if needs_grad else None
+        to_features = self.to_features(grad, like_of(features), *at, along) if needs_features else None
+        to_boxes = self.to_boxes(grad, features, *at, along) if needs_boxes else None
+        return to_grad, to_features, to_boxes, *self._to_directions(needs_directions, grad, features, *at, along)
 
-    def vjp(self, request: Request) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[Any, Any]]]:
-        features, boxes, batch_indices, rule = request
+    def _to_directions(
+        self,
+        needs: Sequence[bool],
+        grad: torch.Tensor,
+        features: torch.Tensor,
+        boxes: torch.Tensor,
+        batch_indices: torch.Tensor,
+        rule: Rule,
+        directions: Tensors,
+    ) -> list[torch.Tensor | None]:
+        """Gradients of <grad, crops(features; boxes, directions)> to the first directions."""
+        return [
+            self.to_boxes(grad, features, boxes, batch_indices, rule, _without(directions, i)) if needed else None
+            for i, needed in enumerate(needs)
+        ]
 
-        def pullback(grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return (
-                tensors.feature_gradient(grad_output, _like(features), boxes, batch_indices, rule),
-                tensors.box_gradient(grad_output, features, boxes, batch_indices, rule),
-            )
 
-        return tensors.forward(features, boxes, batch_indices, rule), pullback
+def like_of(features: torch.Tensor) -> arrays.Like:
+    return arrays.Like(tuple(features.shape), features.stride(), arrays.dtype_name(features))
+
+
+def _without(directions: Tensors, i: int) -> list[torch.Tensor]:
+    return [*directions[:i], *directions[i + 1 :]]
+
+
+def _with(directions: Tensors, i: int, other: torch.Tensor) -> list[torch.Tensor]:
+    return [*directions[:i], other, *directions[i + 1 :]]
+
+
+def _without_constant(rule: Rule) -> Rule:
+    """The value outside of the image is no part of what is linear in the features."""
+    return dataclasses.replace(rule, extrapolation_value=0.0) if rule.extrapolation_value else rule
+
+
+def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
+    return sum(parts[1:], parts[0])
+
+
+# ---- the form of eager mode and of torch.func ----
+
+
+class _Crops(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        features: torch.Tensor, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule, *directions: torch.Tensor
+    ) -> torch.Tensor:
+        return tensors.forward(features, boxes, batch_indices, rule, directions)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        features, boxes, batch_indices, ctx.rule, *directions = inputs
+        ctx.like = like_of(features)
+        # The features take part in the gradients to boxes and directions only.
+        kept = features if any(ctx.needs_input_grad[1:]) else None
+        ctx.save_for_backward(kept, boxes, batch_indices, *directions)
+        ctx.save_for_forward(features, boxes, batch_indices, *directions)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        features, boxes, batch_indices, *directions = ctx.saved_tensors
+        needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[4:])
+        to_features, to_boxes, *to_directions = EAGER.crops_backward(
+            needs, grad, features, ctx.like, boxes, batch_indices, ctx.rule, directions
+        )
+        return to_features, to_boxes, None, None, *to_directions
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        features, boxes, batch_indices, *directions = ctx.saved_for_forward
+        of_features, of_boxes, _, _, *of_directions = tangents
+        at = (boxes, batch_indices, _without_constant(ctx.rule))
+        parts = [EAGER.crops(features, *at, changed) for changed in _changes(directions, of_boxes, of_directions)]
+        if of_features is not None:
+            parts.append(EAGER.crops(of_features, *at, directions))
+        return _sum(parts)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[torch.Tensor, int]:
+        features, boxes, batch_indices, rule, *directions = args
+        if in_dims[1:] == (None,) * (len(in_dims) - 1):
+            planes = features.movedim(in_dims[0], 1)
+            crops = EAGER.crops(planes.flatten(1, 2), boxes, batch_indices, rule, directions)
+            return crops.reshape(crops.shape[0], *planes.shape[1:3], *rule.bins), 1
+        batch = _Batch(info.batch_size, in_dims, args)
+        images = features.shape[0] if in_dims[0] is None else features.movedim(in_dims[0], 0).shape[1]
+        indices = batch.indices(2, 0 if in_dims[0] is None else images)
+        crops = EAGER.crops(batch.images(0), batch.rows(1), indices, rule, batch.all_rows(4))
+        return batch.apart(crops), 0
+
+
+class _ToFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        grad: torch.Tensor,
+        boxes: torch.Tensor,
+        batch_indices: torch.Tensor,
+        rule: Rule,
+        like: arrays.Like,
+        *directions: torch.Tensor,
+    ) -> torch.Tensor:
+        return tensors.feature_gradient(grad, like, boxes, batch_indices, rule, directions)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        grad, boxes, batch_indices, ctx.rule, ctx.like, *directions = inputs
+        ctx.save_for_backward(grad if any(ctx.needs_input_grad[1:]) else None, boxes, batch_indices, *directions)
+        ctx.save_for_forward(grad, boxes, batch_indices, *directions)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad, boxes, batch_indices, *directions = ctx.saved_tensors
+        needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:])
+        to_grad, to_boxes, *to_directions = EAGER.to_features_backward(
+            needs, cotangent, grad, boxes, batch_indices, ctx.rule, directions
+        )
+        return to_grad, to_boxes, None, None, None, *to_directions
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        grad, boxes, batch_indices, *directions = ctx.saved_for_forward
+        of_grad, of_boxes, _, _, _, *of_directions = tangents
+        at = (ctx.like, boxes, batch_indices, ctx.rule)
+        parts = [EAGER.to_features(grad, *at, changed) for changed in _changes(directions, of_boxes, of_directions)]
+        if of_grad is not None:
+            parts.append(EAGER.to_features(of_grad, *at, directions))
+        return _sum(parts)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[torch.Tensor, int]:
+        grad, boxes, batch_indices, rule, like, *directions = args
+        count, channels, *size = like.shape
+        if in_dims[1:] == (None,) * (len(in_dims) - 1):
+            stacked = grad.movedim(in_dims[0], 1).flatten(1, 2)
+            wide = like._replace(shape=(count, info.batch_size * channels, *size))
+            gradient = EAGER.to_features(stacked, wide, boxes, batch_indices, rule, directions)
+            return gradient.reshape(count, info.batch_size, channels, *size), 1
+        batch = _Batch(info.batch_size, in_dims, args)
+        long = like._replace(shape=(info.batch_size * count, channels, *size))
+        indices = batch.indices(2, count)
+        gradient = EAGER.to_features(batch.rows(0), long, batch.rows(1), indices, rule, batch.all_rows(5))
+        return batch.apart(gradient), 0
+
+
+class _ToBoxes(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        grad: torch.Tensor,
+        features: torch.Tensor,
+        boxes: torch.Tensor,
+        batch_indices: torch.Tensor,
+        rule: Rule,
+        *directions: torch.Tensor,
+    ) -> torch.Tensor:
+        return tensors.box_gradient(grad, features, boxes, batch_indices, rule, directions)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        grad, features, boxes, batch_indices, ctx.rule, *directions = inputs
+        ctx.save_for_backward(grad, features, boxes, batch_indices, *directions)
+        ctx.save_for_forward(grad, features, boxes, batch_indices, *directions)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad, features, boxes, batch_indices, *directions = ctx.saved_tensors
+        needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:])
+        to_grad, to_features, to_boxes, *to_directions = EAGER.to_boxes_backward(
+            needs, cotangent, grad, features, boxes, batch_indices, ctx.rule, directions
+        )
+        return to_grad, to_features, to_boxes, None, None, *to_directions
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor:
+        grad, features, boxes, batch_indices, *directions = ctx.saved_for_forward
+        of_grad, of_features, of_boxes, _, _, *of_directions = tangents
+        at = (boxes, batch_indices, ctx.rule)
+        changes = _changes(directions, of_boxes, of_directions)
+        parts = [EAGER.to_boxes(grad, features, *at, changed) for changed in changes]
+        if of_grad is not None:
+            parts.append(EAGER.to_boxes(of_grad, features, *at, directions))
+        if of_features is not None:
+            parts.append(EAGER.to_boxes(grad, of_features, *at, directions))
+        return _sum(parts)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[torch.Tensor, int]:
+        batch, features = _Batch(info.batch_size, in_dims, args), args[1]
+        images = 0 if in_dims[1] is None else features.movedim(in_dims[1], 0).shape[1]
+        gradient = EAGER.to_boxes(
+            batch.rows(0), batch.images(1), batch.rows(2), batch.indices(3, images), args[4], batch.all_rows(5)
+        )
+        return batch.apart(gradient), 0
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
@@ -61,86 +286,52 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
     return output
 
 
-class _RoI(torch.autograd.Function):
-    """The crops."""
-
-    @staticmethod
-    def forward(features: torch.Tensor, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule) -> torch.Tensor:
-        return tensors.forward(features, boxes, batch_indices, rule)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        features, boxes, batch_indices, ctx.rule = inputs
-        ctx.like = _like(features)
-        # The features take part in the gradient to the boxes only.
-        ctx.save_for_backward(features if ctx.needs_input_grad[1] else None, boxes, batch_indices)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        features, boxes, batch_indices = ctx.saved_tensors
-        to_features = to_boxes = None
-        if ctx.needs_input_grad[0]:
-            to_features = _apply(_FeatureGradient, grad_output, boxes, batch_indices, ctx.rule, ctx.like)
-        if ctx.needs_input_grad[1]:
-            to_boxes = _apply(_BoxGradient, grad_output, features, boxes, batch_indices, ctx.rule)
-        return to_features, to_boxes, None, None
+EAGER = Family(
+    lambda features, boxes, indices, rule, along: _apply(_Crops, features, boxes, indices, rule, *along),
+    lambda grad, like, boxes, indices, rule, along: _apply(_ToFeatures, grad, boxes, indices, rule, like, *along),
+    lambda grad, features, boxes, indices, rule, along: _apply(_ToBoxes, grad, features, boxes, indices, rule, *along),
+)
 
 
-class _FeatureGradient(torch.autograd.Function):
-    """The gradient to the features. It is linear in the gradient to the crops, so its own gradient is a crop again."""
-
-    @staticmethod
-    def forward(
-        grad_output: torch.Tensor, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule, like: arrays.Like
-    ) -> torch.Tensor:
-        return tensors.feature_gradient(grad_output, like, boxes, batch_indices, rule)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        grad_output, boxes, batch_indices, rule, _ = inputs
-        ctx.rule = dataclasses.replace(rule, extrapolation_value=0.0)  # a constant, gone after the first derivative
-        ctx.save_for_backward(grad_output if ctx.needs_input_grad[1] else None, boxes, batch_indices)
-
-    @staticmethod
-    def backward(ctx: Any, direction: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_output, boxes, batch_indices = ctx.saved_tensors
-        to_grad = to_boxes = None
-        if ctx.needs_input_grad[0]:
-            to_grad = _apply(_RoI, direction, boxes, batch_indices, ctx.rule)
-        if ctx.needs_input_grad[1]:
-            to_boxes = _apply(_BoxGradient, grad_output, direction, boxes, batch_indices, ctx.rule)
-        return to_grad, to_boxes, None, None, None
+def _changes(
+    directions: Tensors, of_boxes: torch.Tensor | None, of_directions: Sequence[torch.Tensor | None]
+) -> list[list[torch.Tensor]]:
+    """Directions, in each of which one is a tangent."""
+    changed = [_with(directions, i, tangent) for i, tangent in enumerate(of_directions) if tangent is not None]
+    return changed if of_boxes is None else [*changed, [*directions, of_boxes]]
 
 
-class _BoxGradient(torch.autograd.Function):
-    """The gradient to the boxes, which has no derivative of its own here."""
+class _Batch:
+    """A batch of calls made into one: of more images, and more boxes."""
 
-    @staticmethod
-    def forward(
-        grad_output: torch.Tensor, features: torch.Tensor, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule
-    ) -> torch.Tensor:
-        return tensors.box_gradient(grad_output, features, boxes, batch_indices, rule)
+    def __init__(self, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]):
+        self.size, self._dims, self._args = size, in_dims, args
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        pass
+    def images(self, number: int) -> torch.Tensor:
+        """Argument `number`: (N, ...) if all calls share it, or (B * N, ...)."""
+        tensor, dim = self._args[number], self._dims[number]
+        return tensor if dim is None else tensor.movedim(dim, 0).flatten(0, 1)
 
-    @staticmethod
-    def backward(ctx: Any, direction: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        raise RuntimeError(
-            "cupy_roialign: the gradient to the boxes cannot be differentiated again; derivatives of any order are "
-            "there with respect to the features, with boxes that do not require grad (boxes.detach())"
-        )
+    def rows(self, number: int) -> torch.Tensor:
+        """Argument `number`, one row a box: (B * K, ...)."""
+        tensor, dim = self._args[number], self._dims[number]
+        tensor = tensor.expand(self.size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        return tensor.flatten(0, 1)
 
+    def all_rows(self, start: int) -> list[torch.Tensor]:
+        return [self.rows(number) for number in range(start, len(self._args))]
 
-def _has_memory(tensor: torch.Tensor) -> bool:
-    try:
-        if tensor.untyped_storage().device.type == "meta":
-            return False
-        return tensor.numel() == 0 or tensor.data_ptr() != 0
-    except RuntimeError:  # within a transform of torch.func, which unwraps it later
-        return True
+    def indices(self, number: int, images: int) -> torch.Tensor:
+        """Batch indices, where every call has so many images of its own; 0: all calls share them."""
+        indices = self.rows(number)
+        if images == 0:
+            return indices
+        indices = indices.double() if indices.is_floating_point() else indices.long()
+        first = images * torch.arange(self.size, device=indices.device)
+        first = first.repeat_interleave(indices.shape[0] // self.size, output_size=indices.shape[0])
+        # one out of range must not become an image of the next call
+        return torch.where((indices > -0.5) & (indices < images - 0.5), indices + first, -1)
 
-
-def _like(features: torch.Tensor) -> arrays.Like:
-    return arrays.Like(tuple(features.shape), features.stride(), arrays.dtype_name(features))
+    def apart(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(B * M, ...) as (B, M, ...)."""
+        return tensor.reshape(self.size, tensor.shape[0] // self.size, *tensor.shape[1:])

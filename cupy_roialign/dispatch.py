@@ -106,9 +106,9 @@ def home(**named: Any) -> Home:
             f"first"
         )
     if library == "torch":
-        from cupy_roialign import autograd
+        from cupy_roialign import tensor_home
 
-        tensors = autograd.TensorHome()
+        tensors = tensor_home.TensorHome()
         for other, tensor in named.items():
             tensors.check(other, tensor)
         return tensors

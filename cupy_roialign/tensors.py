@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
-from cupy_roialign import arrays, gpu_backend, numpy_backend
+from cupy_roialign import arrays, geometry, gpu_backend, numpy_backend
 from cupy_roialign.geometry import Rule
 
 
@@ -25,6 +25,9 @@ def forward(
     rule: Rule,
     directions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
+    if not geometry.terms(len(directions)):
+        dtype = getattr(torch, arrays.output_name(arrays.dtype_name(features)))
+        return features.new_zeros((boxes.shape[0], features.shape[1], *rule.bins), dtype=dtype)
     if _on_cpu(features):
         crops = numpy_backend.forward(
             _array(features), _array(boxes), _array(batch_indices), rule, [_array(rows) for rows in directions]
@@ -41,6 +44,9 @@ def feature_gradient(
     rule: Rule,
     directions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
+    if not geometry.terms(len(directions)):
+        dtype = getattr(torch, arrays.output_name(arrays.dtype_name(features)))
+        return grad_output.new_zeros(features.shape, dtype=dtype)
     if _on_cpu(grad_output):
         like = arrays.Like(tuple(features.shape), arrays.strides(features), arrays.dtype_name(features))
         gradient = numpy_backend.feature_gradient(
@@ -65,6 +71,8 @@ def box_gradient(
     rule: Rule,
     directions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
+    if not geometry.terms(len(directions) + 1):
+        return torch.zeros_like(boxes)
     if _on_cpu(grad_output):
         gradient = numpy_backend.box_gradient(
             _array(grad_output),

@@ -10,7 +10,6 @@ import pytest
 import cupy_roialign as cr
 from cupy_roialign import numpy_backend
 from tests import tolerance
-from tests.test_gradients import CALLS
 
 torch = pytest.importorskip("torch")
 crt = pytest.importorskip("cupy_roialign.torch")
@@ -77,15 +76,6 @@ def test_vjp_of_tensors():
         np.testing.assert_array_equal(a.numpy(), b)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_gradcheck(name):
-    operator, boxes, args, kwargs = CALLS[name]
-    convert = lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value  # noqa: E731
-    args, kwargs = [convert(a) for a in args], {k: convert(v) for k, v in kwargs.items()}
-    inputs = (features(2, torch.float64).requires_grad_(), torch.from_numpy(boxes).clone().requires_grad_())
-    assert torch.autograd.gradcheck(lambda f, b: operator(f, b, *args, **kwargs), inputs, fast_mode="large" in name)
-
-
 def test_gradcheck_of_boxes_with_their_batch_index():
     rows = torch.cat([INDICES[:, None].double(), BOXES.double()], 1).requires_grad_()
     inputs = (features(2, torch.float64).requires_grad_(), rows)
@@ -145,55 +135,6 @@ def test_no_graph_without_grad():
         assert cr.roi_crop(tensor, BOXES, INDICES, 3).grad_fn is None
     with torch.inference_mode():
         assert cr.roi_crop(tensor, BOXES, INDICES, 3).is_inference()
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_second_derivatives_to_the_features(name):
-    operator, boxes, args, kwargs = CALLS[name]
-    convert = lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value  # noqa: E731
-    args, kwargs = [convert(a) for a in args], {k: convert(v) for k, v in kwargs.items()}
-    boxes = torch.from_numpy(boxes)
-    inputs = (features(2, torch.float64).requires_grad_(),)
-    assert torch.autograd.gradgradcheck(lambda f: operator(f, boxes, *args, **kwargs), inputs, fast_mode=True)
-
-
-def test_mixed_second_derivatives():
-    """The gradient to the features depends on the boxes; a penalty on it has a gradient to them."""
-    tensor = features(2, torch.float64).requires_grad_()
-    inputs = BOXES.double().requires_grad_()
-
-    def penalty(boxes):
-        crops = cr.roi_crop(tensor, boxes, INDICES, 3, 0.5)
-        (gradient,) = torch.autograd.grad(crops.square().sum() / 2, tensor, create_graph=True)
-        return gradient.square().sum()
-
-    with torch.no_grad():
-        steps = torch.eye(8, dtype=torch.float64).reshape(8, 2, 4) * 1e-6
-    with torch.enable_grad():
-        numeric = [(penalty(inputs.detach() + s) - penalty(inputs.detach() - s)).item() / 2e-6 for s in steps]
-
-    def of_features_only(boxes):
-        """The same value, written so that the crops' own dependence on the boxes needs no second derivative."""
-        crops = cr.roi_crop(tensor.detach(), boxes, INDICES, 3, 0.5)
-        again = tensor.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(cr.roi_crop(again, boxes, INDICES, 3, 0.5), again, crops, create_graph=True)
-        return gradient.square().sum()
-
-    (exact,) = torch.autograd.grad(of_features_only(inputs), inputs)
-    torch.testing.assert_close(exact.flatten(), torch.tensor(numeric, dtype=torch.float64), rtol=1e-6, atol=1e-6)
-
-
-def test_the_gradient_to_the_boxes_is_not_differentiated_again_and_says_so():
-    tensor, boxes = features().requires_grad_(), BOXES.clone().requires_grad_()
-    loss = lambda t, b: cr.roi_crop(t, b, INDICES, 3).square().sum()  # noqa: E731
-    for wanted in (tensor, boxes, [tensor, boxes]):
-        (gradient,) = torch.autograd.grad(loss(tensor, boxes), boxes, create_graph=True)
-        with pytest.raises(RuntimeError, match="gradient to the boxes cannot be differentiated again"):
-            torch.autograd.grad(gradient.sum() + tensor.sum() + boxes.sum(), wanted)
-    with pytest.raises(RuntimeError, match="gradient to the boxes cannot be differentiated again"):
-        torch.autograd.functional.hessian(lambda b: loss(tensor.detach(), b), boxes.detach())
-    dense = torch.autograd.functional.hvp(lambda t: loss(t, BOXES), features(), torch.ones_like(tensor))[1]
-    assert dense.abs().max() > 0.1
 
 
 def test_tensors_without_memory():

@@ -1,0 +1,63 @@
+"""Tensors: see `dispatch.Home`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cupy_roialign import autograd, tensors
+
+if TYPE_CHECKING:
+    from cupy_roialign.dispatch import Request
+
+
+class TensorHome:
+    """Where tensors are computed on: see `dispatch.Home`."""
+
+    def check(self, name: str, tensor: torch.Tensor) -> None:
+        """A tensor whose elements are not in memory would be read as what happens to lie at address 0, or anywhere."""
+        if tensor.layout != torch.strided or tensor.is_nested:
+            kind = "nested" if tensor.is_nested else str(tensor.layout)
+            raise TypeError(
+                f"{name} must be a dense tensor; got one that is {kind}; use its to_dense or to_padded_tensor"
+            )
+        if not _has_memory(tensor):
+            raise TypeError(
+                f"{name} must be a tensor with elements in memory; got a {type(tensor).__name__} without (a fake, "
+                f"masked, or otherwise wrapped tensor)"
+            )
+
+    def join(self, boxes: list[torch.Tensor], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not boxes:
+            return torch.zeros((0, 4), device=like.device), torch.zeros(0, dtype=torch.int64, device=like.device)
+        # One by one: on a GPU torch.repeat_interleave waits, and a copy from the host's memory does, too.
+        indices = [torch.full((len(part),), i, dtype=torch.int64, device=like.device) for i, part in enumerate(boxes)]
+        return torch.cat(boxes), torch.cat(indices)
+
+    def column(self, boxes: torch.Tensor) -> torch.Tensor:
+        return boxes.detach()[:, 0]
+
+    def forward(self, request: Request) -> torch.Tensor:
+        return autograd.EAGER.crops(*request, ())
+
+    def vjp(self, request: Request) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[Any, Any]]]:
+        features, boxes, batch_indices, rule = request
+
+        def pullback(grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return (
+                tensors.feature_gradient(grad_output, autograd.like_of(features), boxes, batch_indices, rule),
+                tensors.box_gradient(grad_output, features, boxes, batch_indices, rule),
+            )
+
+        return tensors.forward(features, boxes, batch_indices, rule), pullback
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    try:
+        if tensor.untyped_storage().device.type == "meta":
+            return False
+        return tensor.numel() == 0 or tensor.data_ptr() != 0
+    except RuntimeError:  # within a transform of torch.func, which unwraps it later
+        return True

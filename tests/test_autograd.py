@@ -1,0 +1,259 @@
+"""Derivatives of every kind on tensors: reverse and forward mode, of the second order, and torch.func."""
+
+import contextlib
+import weakref
+
+import numpy as np
+import pytest
+
+import cupy_roialign as cr
+from cupy_roialign import numpy_backend
+from tests.backends import EmulatedTorchBackend
+from tests.test_gradients import CALLS
+
+torch = pytest.importorskip("torch")
+
+BOXES = torch.tensor([[1.31, 0.72, 8.25, 6.18], [2.2, 1.6, 4.4, 5.9]], dtype=torch.float64)
+INDICES = torch.tensor([0, 1])
+SMALL = [name for name in CALLS if "large" not in name]
+
+
+@pytest.fixture(params=["cpu", "emulated"])
+def place(request):
+    """On the CPU, and through the kernels on the emulated device."""
+    if request.param == "cpu":
+        return contextlib.nullcontext
+    request.getfixturevalue("emulated")
+    return EmulatedTorchBackend().device
+
+
+def features(channels=2, dtype=torch.float64):
+    return torch.rand(2, channels, 8, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def operator_of(name):
+    """An operator as a function of features and boxes, and its boxes."""
+    operator, boxes, args, kwargs = CALLS[name]
+    convert = lambda value: torch.from_numpy(value) if isinstance(value, np.ndarray) else value  # noqa: E731
+    args, kwargs = [convert(a) for a in args], {k: convert(v) for k, v in kwargs.items()}
+    return lambda f, b: operator(f, b, *args, **kwargs), torch.from_numpy(boxes)
+
+
+def crop(f, b):
+    return cr.roi_crop(f, b, INDICES, 3, 0.5)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_first_derivatives(name, place):
+    operator, boxes = operator_of(name)
+    emulated = place is not contextlib.nullcontext  # and slow
+    inputs = (features().requires_grad_(), boxes.clone().requires_grad_())
+    with place():
+        assert torch.autograd.gradcheck(operator, inputs, fast_mode=emulated or "large" in name, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_second_derivatives(name, place):
+    """Of features and boxes, mixed, in reverse mode and forward over reverse."""
+    operator, boxes = operator_of(name)
+    inputs = (features().requires_grad_(), boxes.clone().requires_grad_())
+    with place():
+        assert torch.autograd.gradgradcheck(
+            operator, inputs, fast_mode=True, check_fwd_over_rev=True, check_rev_over_rev=True
+        )
+
+
+def test_second_derivatives_of_boxes_with_their_batch_index():
+    rows = torch.cat([INDICES[:, None].double(), BOXES], 1).requires_grad_()
+    operator = lambda f, b: cr.roi_align(f, b, 3, 0.9, 2, True)  # noqa: E731
+    inputs = (features().requires_grad_(), rows)
+    assert torch.autograd.gradcheck(operator, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(operator, inputs, check_fwd_over_rev=True, fast_mode=True)
+
+
+def test_third_and_fourth_derivatives(place):
+    """Each derivative, by differences of the one before it."""
+
+    def derivative(n):
+        def function(b):
+            value = (crop(features(), b) * torch.linspace(-1, 1, 9, dtype=torch.float64).reshape(3, 3)).sum().exp()
+            for _ in range(n):
+                (gradient,) = torch.autograd.grad(value, b, create_graph=True)
+                value = (gradient * direction).sum()
+            return value
+
+        return function
+
+    direction = torch.rand(2, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64) - 0.5
+    with place():
+        for n in (3, 4):
+            exact = derivative(n)(BOXES.clone().requires_grad_())
+            sides = [derivative(n - 1)(BOXES.add(direction, alpha=s).requires_grad_()) for s in (1e-5, -1e-5)]
+            torch.testing.assert_close(exact, (sides[0] - sides[1]) / 2e-5, rtol=1e-6, atol=1e-6)
+            assert exact.abs() > 1e-3
+
+
+FEATURES = features()
+
+
+def loss_of_boxes(b):
+    return crop(FEATURES, b).square().sum()
+
+
+def hessian_by_differences(step=1e-5):
+    columns = []
+    for change in torch.eye(8, dtype=torch.float64).reshape(8, 2, 4) * step:
+        sides = []
+        for sign in (1, -1):
+            b = (BOXES + sign * change).requires_grad_()
+            sides.append(torch.autograd.grad(loss_of_boxes(b), b)[0])
+        columns.append((sides[0] - sides[1]).flatten() / (2 * step))
+    return torch.stack(columns, dim=1).reshape(2, 4, 2, 4)
+
+
+@pytest.mark.parametrize("way", ["autograd", "func", "func, reverse over reverse"])
+def test_hessian_of_a_loss_on_boxes(way):
+    actual = {
+        "autograd": lambda: torch.autograd.functional.hessian(loss_of_boxes, BOXES),
+        "func": lambda: torch.func.hessian(loss_of_boxes)(BOXES),
+        "func, reverse over reverse": lambda: torch.func.jacrev(torch.func.jacrev(loss_of_boxes))(BOXES),
+    }[way]()
+    expected = hessian_by_differences()
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_gradient_penalty():
+    """The gradient to the boxes, itself differentiated to features and boxes."""
+
+    def penalty(f, b):
+        (gradient,) = torch.autograd.grad(crop(f, b).square().sum(), b, create_graph=True)
+        return gradient.square().sum()
+
+    inputs = (features().requires_grad_(), BOXES.clone().requires_grad_())
+    assert torch.autograd.gradcheck(penalty, inputs)
+
+
+def test_forward_mode():
+    f, b, tf, tb = features(), BOXES, features().flip(0), torch.ones_like(BOXES)
+    primal, tangent = torch.func.jvp(crop, (f, b), (tf, tb))
+    with torch.autograd.forward_ad.dual_level():
+        dual = crop(torch.autograd.forward_ad.make_dual(f, tf), torch.autograd.forward_ad.make_dual(b, tb))
+        unpacked = torch.autograd.forward_ad.unpack_dual(dual)
+    step = 1e-6
+    numeric = (crop(f + step * tf, b + step * tb) - crop(f - step * tf, b - step * tb)) / (2 * step)
+    for way in (tangent, unpacked.tangent):
+        torch.testing.assert_close(way, numeric, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(primal, crop(f, b), rtol=0, atol=0)
+
+
+# ---- torch.func ----
+
+BATCH = 3
+
+
+def batched(tensor, dim=0):
+    noise = torch.rand(BATCH, *tensor.shape, generator=torch.Generator().manual_seed(1), dtype=tensor.dtype)
+    return (tensor + noise / 10).movedim(0, dim)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the backend's functions, in the order in which they are called."""
+    names = []
+    for name in ("forward", "feature_gradient", "box_gradient"):
+        original = getattr(numpy_backend, name)
+        monkeypatch.setattr(
+            numpy_backend, name, lambda *args, _name=name, _original=original: names.append(_name) or _original(*args)
+        )
+    return names
+
+
+@pytest.mark.parametrize("dims", [(0, None), (2, None), (None, 0), (None, 2), (0, 0), (1, 2), (4, 1)])
+@pytest.mark.parametrize("what", ["crops", "gradients", "jacobian"])
+def test_vmap(what, dims, calls):
+    function = {
+        "crops": crop,
+        "gradients": torch.func.grad(lambda f, b: crop(f, b).square().sum(), argnums=(0, 1)),
+        "jacobian": torch.func.jacrev(crop, argnums=1),
+    }[what]
+    f, b = (
+        tensor if dim is None else batched(tensor, dim) for tensor, dim in zip((features(), BOXES), dims, strict=True)
+    )
+    expected = [
+        function(*(tensor if dim is None else tensor.select(dim, i) for tensor, dim in zip((f, b), dims, strict=True)))
+        for i in range(BATCH)
+    ]
+    calls.clear()
+    actual = torch.func.vmap(function, in_dims=dims)(f, b)
+    assert len(calls) == len(set(calls)) <= 3  # each at most once, whatever the batch
+    if what == "gradients":
+        for a, parts in zip(actual, zip(*expected, strict=True), strict=True):
+            torch.testing.assert_close(a, torch.stack(parts))
+    else:
+        torch.testing.assert_close(actual, torch.stack(expected))
+
+
+def test_vmap_over_indices():
+    indices = torch.tensor([[0, 1], [1, 1], [1, 0]], dtype=torch.uint8)
+    function = lambda f, i: cr.roi_crop(f, BOXES, i, 3)  # noqa: E731
+    for dims, f in (((None, 0), features()), ((0, 0), batched(features()))):
+        expected = torch.stack([function(f if dims[0] is None else f[n], indices[n]) for n in range(3)])
+        torch.testing.assert_close(torch.func.vmap(function, in_dims=dims)(f, indices), expected, rtol=0, atol=0)
+
+
+def test_vmap_of_boxes_with_their_batch_index():
+    rows = batched(torch.cat([INDICES[:, None].double(), BOXES], 1))
+    rows[:, :, 0] = INDICES
+    function = lambda f, b: cr.roi_align(f, b, 3)  # noqa: E731
+    f = batched(features())
+    expected = torch.stack([function(f[n], rows[n]) for n in range(BATCH)])
+    torch.testing.assert_close(torch.func.vmap(function)(f, rows), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_a_bad_index_in_a_batch_is_not_an_image_of_the_next_call(index):
+    indices = torch.tensor([0, index])
+    with pytest.raises(IndexError):
+        torch.func.vmap(lambda f: cr.roi_crop(f, BOXES, indices, 3))(batched(features()))
+    with pytest.raises(IndexError):
+        torch.func.vmap(lambda f, b: cr.roi_crop(f, b, indices, 3))(batched(features()), batched(BOXES))
+
+
+def test_vmap_of_vmap():
+    f, b = batched(batched(features())), batched(BOXES)
+    inner = torch.func.vmap(crop, in_dims=(0, None))
+    actual = torch.func.vmap(inner, in_dims=(0, 0))(f, b)
+    expected = torch.stack([torch.stack([crop(f[i, j], b[i]) for j in range(BATCH)]) for i in range(BATCH)])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_vmap_keeps_broken_boxes_broken():
+    f, b = batched(features()), batched(BOXES)
+    b[1, 0, 2] = torch.nan
+    actual = torch.func.vmap(crop)(f, b)
+    assert actual[1, 0].isnan().all()
+    assert int(actual.isnan().sum()) == actual[1, 0].numel()
+
+
+def test_jacobians_agree():
+    forward, reverse = torch.func.jacfwd(crop, argnums=(0, 1)), torch.func.jacrev(crop, argnums=(0, 1))
+    for a, b in zip(forward(features(), BOXES), reverse(features(), BOXES), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---- what is kept ----
+
+
+def test_features_are_kept_only_where_boxes_want_a_gradient():
+    for wants, kept in ((False, False), (True, True)):
+        f = features().clone().requires_grad_()
+        memory = weakref.ref(f.untyped_storage())
+        f = f * 1.0
+        memory = weakref.ref(f)
+        output = crop(f, BOXES.clone().requires_grad_(wants))
+        del f
+        saved = [t for t in output.grad_fn.saved_tensors if t is not None and t.dim() == 4]
+        assert bool(saved) == kept
+        if not kept:
+            assert memory() is None
