@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from cupy_roialign import operators, validation
+from cupy_roialign import operators, ops, validation  # noqa: F401  (ops: a graph that is loaded names them)
 from cupy_roialign.operators import crop_and_resize, roi_crop
 
 __all__ = ["CropAndResize", "CropAndResizeFunction", "RoIAlign", "crop_and_resize", "roi_align", "roi_crop"]

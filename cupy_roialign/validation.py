@@ -128,6 +128,8 @@ def integer(name: str, value: Any, expected: str = "an int") -> int:
 
 def number(name: str, value: Any) -> float:
     """A real number; NaN and infinities are numbers here."""
+    if isinstance(value, float):  # first: where a compiler traces this, it may be a symbol that knows only that
+        return float(value)
     dtype = str(getattr(value, "dtype", ""))
     kinds = (bool, str, bytes, complex)
     if (

@@ -1,0 +1,212 @@
+"""`torch.ops.cupy_roialign`: the functions of autograd.py as operators that torch.compile and torch.export know.
+
+Eager mode calls them not, for an operator of torch.library costs several times what an autograd Function does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cupy_roialign import arrays, autograd, tensors
+from cupy_roialign.geometry import Dialect, Rule
+
+_RULE = (
+    "int dialect, int[] bins, int[] columns, float spatial_scale, int sampling_ratio, bool aligned, bool nearest, "
+    "float extrapolation_value"
+)
+_AT = "Tensor boxes, Tensor batch_indices, Tensor[] directions"
+_LIBRARY = torch.library.Library("cupy_roialign", "DEF")
+_LIBRARY.define(f"crops(Tensor features, {_AT}, {_RULE}) -> Tensor")
+_LIBRARY.define(
+    f"to_features(Tensor grad, SymInt[] shape, bool channels_last, ScalarType dtype, {_AT}, {_RULE}) -> Tensor"
+)
+_LIBRARY.define(f"to_boxes(Tensor grad, Tensor features, {_AT}, {_RULE}) -> Tensor")
+_OPS = torch.ops.cupy_roialign
+
+
+def _pack(rule: Rule) -> tuple[Any, ...]:
+    return (
+        int(rule.dialect),
+        list(rule.bins),
+        list(rule.columns),
+        rule.spatial_scale,
+        rule.sampling_ratio,
+        rule.aligned,
+        rule.nearest,
+        rule.extrapolation_value,
+    )
+
+
+def _unpack(
+    dialect: int, bins: Sequence[int], columns: Sequence[int], scale: float, ratio: int, aligned: bool, *rest: Any
+) -> Rule:
+    y1, x1, y2, x2 = columns
+    return Rule(Dialect(dialect), (bins[0], bins[1]), (y1, x1, y2, x2), scale, ratio, aligned, *rest)
+
+
+def _like(shape: Sequence[int], channels_last: bool, dtype: torch.dtype) -> arrays.Like:
+    count, channels, height, width = shape
+    strides = (channels * height * width, height * width, width, 1)
+    if channels_last:
+        strides = (channels * height * width, 1, channels * width, channels)
+    return arrays.Like((count, channels, height, width), strides, str(dtype).removeprefix("torch."))
+
+
+def _crops(
+    features: torch.Tensor, boxes: torch.Tensor, indices: torch.Tensor, rule: Rule, directions: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    return _OPS.crops(features, boxes, indices, list(directions), *_pack(rule))
+
+
+def _to_features(
+    grad: torch.Tensor,
+    like: arrays.Like,
+    boxes: torch.Tensor,
+    indices: torch.Tensor,
+    rule: Rule,
+    directions: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    last = arrays.is_channels_last(like.shape, like.strides)
+    dtype = getattr(torch, like.dtype)
+    return _OPS.to_features(grad, like.shape, last, dtype, boxes, indices, list(directions), *_pack(rule))
+
+
+def _to_boxes(
+    grad: torch.Tensor,
+    features: torch.Tensor,
+    boxes: torch.Tensor,
+    indices: torch.Tensor,
+    rule: Rule,
+    directions: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    return _OPS.to_boxes(grad, features, boxes, indices, list(directions), *_pack(rule))
+
+
+FAMILY = autograd.Family(_crops, _to_features, _to_boxes)
+
+
+# ---- what they do, and the shapes of it ----
+
+
+@torch.library.register_kernel("cupy_roialign::crops", ["cpu", "cuda"])
+def _(features: torch.Tensor, boxes: torch.Tensor, indices: torch.Tensor, along: Any, *rule: Any) -> torch.Tensor:
+    return tensors.forward(features, boxes, indices, _unpack(*rule), along)
+
+
+@torch.library.register_fake("cupy_roialign::crops")
+def _(features: torch.Tensor, boxes: torch.Tensor, indices: torch.Tensor, along: Any, *rule: Any) -> torch.Tensor:
+    shape = (boxes.shape[0], features.shape[1], *_unpack(*rule).bins)
+    last = arrays.is_channels_last(features.shape, features.stride())
+    return _empty(features, shape, last, features.dtype)
+
+
+@torch.library.register_kernel("cupy_roialign::to_features", ["cpu", "cuda"])
+def _(
+    grad: torch.Tensor,
+    shape: Any,
+    last: bool,
+    dtype: torch.dtype,
+    boxes: torch.Tensor,
+    indices: torch.Tensor,
+    along: Any,
+    *rule: Any,
+) -> torch.Tensor:
+    return tensors.feature_gradient(grad, _like(shape, last, dtype), boxes, indices, _unpack(*rule), along)
+
+
+@torch.library.register_fake("cupy_roialign::to_features")
+def _(
+    grad: torch.Tensor,
+    shape: Any,
+    last: bool,
+    dtype: torch.dtype,
+    boxes: torch.Tensor,
+    indices: torch.Tensor,
+    along: Any,
+    *rule: Any,
+) -> torch.Tensor:
+    return _empty(grad, shape, last, dtype)
+
+
+@torch.library.register_kernel("cupy_roialign::to_boxes", ["cpu", "cuda"])
+def _(
+    grad: torch.Tensor, features: torch.Tensor, boxes: torch.Tensor, indices: torch.Tensor, along: Any, *rule: Any
+) -> torch.Tensor:
+    return tensors.box_gradient(grad, features, boxes, indices, _unpack(*rule), along)
+
+
+@torch.library.register_fake("cupy_roialign::to_boxes")
+def _(
+    grad: torch.Tensor, features: torch.Tensor, boxes: torch.Tensor, indices: torch.Tensor, along: Any, *rule: Any
+) -> torch.Tensor:
+    return boxes.new_empty(boxes.shape)
+
+
+def _empty(beside: torch.Tensor, shape: Sequence[int], channels_last: bool, features: torch.dtype) -> torch.Tensor:
+    dtype = features if features.is_floating_point else torch.float32
+    if not channels_last:
+        return beside.new_empty(shape, dtype=dtype)
+    count, channels, height, width = shape
+    return beside.new_empty((count, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
+
+
+# ---- their derivatives ----
+
+
+def _needs(flags: Sequence[Any], *places: int) -> list[bool]:
+    """Of some arguments, and of each direction, which come last."""
+    *plain, directions = (flags[place] for place in places)
+    return [*plain, *(directions if isinstance(directions, (list, tuple)) else [])]
+
+
+def _keep_crops(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    features, boxes, indices, along, *rule = inputs
+    ctx.rule, ctx.like = _unpack(*rule), autograd.like_of(features)
+    kept = features if any(_needs(ctx.needs_input_grad, 1, 3)) else None
+    ctx.save_for_backward(kept, boxes, indices, *along)
+
+
+def _crops_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+    features, boxes, indices, *along = ctx.saved_tensors
+    needs = _needs(ctx.needs_input_grad, 0, 1, 3)
+    to_features, to_boxes, *to_along = FAMILY.crops_backward(
+        needs, grad, features, ctx.like, boxes, indices, ctx.rule, along
+    )
+    return to_features, to_boxes, None, to_along, *[None] * 8
+
+
+def _keep_to_features(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    grad, _, _, _, boxes, indices, along, *rule = inputs
+    ctx.rule = _unpack(*rule)
+    kept = grad if any(_needs(ctx.needs_input_grad, 4, 6)) else None
+    ctx.save_for_backward(kept, boxes, indices, *along)
+
+
+def _to_features_backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
+    grad, boxes, indices, *along = ctx.saved_tensors
+    needs = _needs(ctx.needs_input_grad, 0, 4, 6)
+    to_grad, to_boxes, *to_along = FAMILY.to_features_backward(needs, cotangent, grad, boxes, indices, ctx.rule, along)
+    return to_grad, None, None, None, to_boxes, None, to_along, *[None] * 8
+
+
+def _keep_to_boxes(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    grad, features, boxes, indices, along, *rule = inputs
+    ctx.rule = _unpack(*rule)
+    ctx.save_for_backward(grad, features, boxes, indices, *along)
+
+
+def _to_boxes_backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
+    grad, features, boxes, indices, *along = ctx.saved_tensors
+    needs = _needs(ctx.needs_input_grad, 0, 1, 2, 4)
+    to_grad, to_features, to_boxes, *to_along = FAMILY.to_boxes_backward(
+        needs, cotangent, grad, features, boxes, indices, ctx.rule, along
+    )
+    return to_grad, to_features, to_boxes, None, to_along, *[None] * 8
+
+
+torch.library.register_autograd("cupy_roialign::crops", _crops_backward, setup_context=_keep_crops)
+torch.library.register_autograd("cupy_roialign::to_features", _to_features_backward, setup_context=_keep_to_features)
+torch.library.register_autograd("cupy_roialign::to_boxes", _to_boxes_backward, setup_context=_keep_to_boxes)

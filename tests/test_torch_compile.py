@@ -1,0 +1,171 @@
+"""torch.compile, torch.export and torch.library: the operators in a graph give what they give in eager mode."""
+
+import copy
+import itertools
+import subprocess
+import sys
+
+import pytest
+
+import cupy_roialign as cr
+
+torch = pytest.importorskip("torch")
+crt = pytest.importorskip("cupy_roialign.torch")
+
+INDICES = torch.tensor([0, 1])
+BOXES = torch.tensor([[1.31, 0.72, 8.25, 6.18], [2.2, 1.6, 4.4, 5.9]])
+
+FUNCTIONS = {
+    "roi_align": lambda f, b: cr.roi_align(f, b, (3, 4), 0.9, 2, True, batch_indices=INDICES),
+    "roi_align, rows": lambda f, b: crt.roi_align(f, torch.cat([INDICES[:, None].to(b.dtype), b], 1), 3, 0.9),
+    "roi_align, a list": lambda f, b: crt.roi_align(f, [b[:1], b[1:]], 3),
+    "roi_crop": lambda f, b: cr.roi_crop(f, b, INDICES, 3, 1.5),
+    "crop_and_resize": lambda f, b: cr.crop_and_resize(f, b / 10, INDICES, (3, 4), extrapolation_value=1),
+    "nearest": lambda f, b: cr.crop_and_resize(f, b / 10, INDICES, (3, 4), "nearest"),
+    "RoIAlign": lambda f, b: crt.RoIAlign(3, 4, transform_fpcoor=False)(f, b, INDICES),
+}
+
+
+def inputs(dtype=torch.float32, layout=torch.contiguous_format, channels=5):
+    f = torch.rand(2, channels, 8, 11, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return f.contiguous(memory_format=layout).requires_grad_(), BOXES.clone().requires_grad_()
+
+
+def with_gradients(function, f, b):
+    output = function(f, b)
+    return [output, *torch.autograd.grad(output.float().square().sum(), (f, b))]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_aot_eager(name, dynamic, dtype):
+    function = FUNCTIONS[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for a, b in zip(with_gradients(compiled, *inputs(dtype)), with_gradients(function, *inputs(dtype)), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_inductor(layout):
+    """In the middle of what inductor makes into code of its own."""
+
+    def function(f, b):
+        return FUNCTIONS["roi_crop"](f * 2 + 1, b + 0.125).relu() - 1
+
+    compiled = torch.compile(function, fullgraph=True)
+    for a, b in zip(
+        with_gradients(compiled, *inputs(layout=layout)), with_gradients(function, *inputs(layout=layout)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+        assert a.stride() == b.stride()
+
+
+def test_no_compilation_for_another_number_of_boxes_or_images():
+    def function(f, b, i):
+        return cr.roi_align(f, b, 3, 0.5, 2, batch_indices=i).square().sum()
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
+    generator = torch.Generator().manual_seed(1)
+    compilations = set()
+    for count, images, side in ((2, 3, 8), (7, 3, 8), (30, 2, 9), (4, 5, 20)):
+        f = torch.rand(images, 4, side, side + 2, generator=generator).requires_grad_()
+        b = (torch.rand(count, 4, generator=generator) * 10).requires_grad_()
+        i = torch.randint(0, images, (count,), generator=generator)
+        actual = torch.autograd.grad(compiled(f, b, i), (f, b))
+        for x, y in zip(actual, torch.autograd.grad(function(f, b, i), (f, b)), strict=True):
+            torch.testing.assert_close(x, y)
+        compilations.add(counter.frame_count)
+    assert len(compilations) == 1
+    assert compilations != {0}
+
+
+def test_no_boxes():
+    function = lambda f, b: cr.roi_align(f, b, 3, batch_indices=torch.zeros(0, dtype=torch.int64))  # noqa: E731
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    output = compiled(inputs()[0], torch.zeros(0, 4, requires_grad=True))
+    assert output.shape == (0, 5, 3, 3)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_opcheck(count):
+    """Schemas, fakes, autograd and dynamic shapes, as torch checks them."""
+    f, b = (tensor.double().detach().requires_grad_() for tensor in inputs())
+    rule = (3, [3, 4], [1, 0, 3, 2], 0.9, 2, True, False, 0.0)
+    at = (b, INDICES, [torch.rand(2, 4, dtype=torch.float64, requires_grad=True)] * count)
+    grad = torch.rand(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
+    ops = torch.ops.cupy_roialign
+    torch.library.opcheck(ops.crops, (f, *at, *rule))
+    torch.library.opcheck(ops.to_features, (grad, [2, 5, 8, 11], True, torch.float64, *at, *rule))
+    torch.library.opcheck(ops.to_boxes, (grad, f, *at, *rule))
+
+
+def test_the_first_call_of_a_process_may_be_a_compiled_one():
+    """Whatever was imported first."""
+    for order in itertools.permutations(["import torch", "import cupy_roialign as cr"]):
+        program = "\n".join(
+            [
+                *order,
+                "function = lambda f, b: cr.roi_align(f, b, 2, batch_indices=torch.tensor([0]))",
+                "compiled = torch.compile(function, fullgraph=True, backend='aot_eager')",
+                "f, b = torch.arange(12.0).reshape(1, 1, 3, 4), torch.tensor([[0.0, 0, 3, 2]])",
+                "assert (compiled(f, b) == function(f, b)).all()",
+            ]
+        )
+        subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=120, check=True)
+
+
+def test_errors_in_a_graph():
+    compiled = torch.compile(lambda f, b: cr.roi_crop(f, b, INDICES, 3), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"boxes must have shape \(K, 4\)"):
+        compiled(inputs()[0], BOXES[0])
+    compiled = torch.compile(lambda f, b: cr.roi_crop(f, b, INDICES + 1, 3), fullgraph=True, backend="aot_eager")
+    with pytest.raises(IndexError, match="box 1"):
+        compiled(*inputs())
+
+
+# ---- export ----
+
+
+class Head(torch.nn.Module):
+    def forward(self, features, boxes, indices):
+        return cr.roi_align(features * 2, boxes, (3, 4), 0.9, 2, True, batch_indices=indices) + 1
+
+
+def test_export():
+    f, b = (tensor.detach() for tensor in inputs())
+    count = torch.export.Dim("count", min=0)
+    shapes = {"features": None, "boxes": {0: count}, "indices": {0: count}}
+    for strict in (False, True):
+        program = torch.export.export(Head(), (f, b, INDICES), dynamic_shapes=shapes, strict=strict)
+        assert any("cupy_roialign" in str(node.target) for node in program.graph.nodes)
+        boxes, indices = b.repeat(5, 1), INDICES.repeat(5)
+        torch.testing.assert_close(program.module()(f, boxes, indices), Head()(f, boxes, indices), rtol=0, atol=0)
+
+
+def test_export_is_saved_and_loaded(tmp_path):
+    f, b = (tensor.detach() for tensor in inputs())
+    torch.export.save(torch.export.export(Head(), (f, b, INDICES)), tmp_path / "head.pt2")
+    torch.save((f, b, INDICES, Head()(f, b, INDICES)), tmp_path / "data.pt")
+    program = (
+        "import sys, torch, cupy_roialign.torch\n"
+        "*inputs, expected = torch.load(sys.argv[2])\n"
+        "assert torch.equal(torch.export.load(sys.argv[1]).module()(*inputs), expected)\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, tmp_path / "head.pt2", tmp_path / "data.pt"]
+    subprocess.run(command, timeout=120, check=True)
+
+
+def test_modules_are_copied_after_compilation():
+    module = crt.RoIAlign(3, 4)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    f, b = inputs()
+    torch.testing.assert_close(compiled(f, b, INDICES), copy.deepcopy(module)(f, b, INDICES), rtol=0, atol=0)
