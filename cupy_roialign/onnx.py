@@ -1,0 +1,111 @@
+"""Export to ONNX, of which the operator RoiAlign says what `roi_align`, `roi_crop` and `crop_and_resize` do.
+
+program = torch.onnx.export(
+    model, args, dynamo=True, custom_translation_table=cupy_roialign.onnx.translations()
+)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from cupy_roialign import ops  # noqa: F401
+from cupy_roialign.geometry import Dialect
+
+_FLOAT, _INT64 = 1, 7  # of ONNX's TensorProto.DataType
+
+
+def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """For ``torch.onnx.export(..., dynamo=True, custom_translation_table=...)``, opset 18 or newer; needs onnxscript.
+
+    `roi_align` becomes one RoiAlign (`half_pixel` if aligned, else `output_half_pixel`). The others become a RoiAlign
+    with one sample a bin, at the same positions within rounding, and the value outside of the image where a sample
+    leaves it: ONNX's own border is another. `crop_and_resize` by nearest neighbour raises NotImplementedError, since
+    RoiAlign has no such mode.
+    """
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+
+    def along(boxes: Any, size: Any, axis: int, dialect: Dialect, bins: int, columns: Sequence[int]) -> tuple[Any, ...]:
+        """On one axis of crops: (K, 1) the edges of RoiAlign's box, and (K, bins) whether a sample is inside."""
+        low, high = (op.Gather(boxes, op.Constant(value_ints=[columns[axis + end]]), axis=1) for end in (0, 2))
+        one, half = op.CastLike(op.Constant(value_float=1.0), boxes), op.CastLike(op.Constant(value_float=0.5), boxes)
+        count = op.CastLike(op.Constant(value_float=float(bins)), boxes)
+        last = op.Sub(op.CastLike(size, boxes), one)
+        if dialect == Dialect.CROP_AND_RESIZE:
+            low, high = op.Mul(low, last), op.Mul(high, last)
+        elif dialect == Dialect.ROI_CROP_CENTERS:
+            spacing = op.Div(op.Sub(high, low), count)
+            low = op.Sub(op.Add(low, op.Mul(spacing, half)), half)
+            high = op.Add(low, op.Mul(spacing, op.Sub(count, one)))
+        if bins > 1:
+            start, step = low, op.Div(op.Sub(high, low), op.Sub(count, one))
+        else:
+            start = op.Mul(op.Add(low, high), half)
+            step = op.Sub(start, start)
+        numbers = op.CastLike(op.Constant(value_floats=[float(p) for p in range(bins)]), boxes)
+        positions = op.Add(start, op.Mul(step, numbers))
+        zero = op.Sub(one, one)
+        inside = op.And(op.GreaterOrEqual(positions, zero), op.LessOrEqual(positions, last))
+        edge = op.Add(op.Sub(start, op.Mul(step, half)), half)
+        return edge, op.Add(edge, op.Mul(step, count)), inside
+
+    def crops(
+        features: Any,
+        boxes: Any,
+        batch_indices: Any,
+        directions: Sequence[Any],
+        dialect: int,
+        bins: Sequence[int],
+        columns: Sequence[int],
+        spatial_scale: float,
+        sampling_ratio: int,
+        aligned: bool,
+        nearest: bool,
+        extrapolation_value: float,
+    ) -> Any:
+        if nearest:
+            raise NotImplementedError("ONNX's RoiAlign cannot take the nearest pixel: use method='bilinear' for export")
+        if directions:
+            raise NotImplementedError("derivatives of crops cannot be exported to ONNX")
+        if batch_indices.dtype.is_floating_point():  # a column of the boxes
+            batch_indices = op.Round(batch_indices)
+        indices = op.Cast(batch_indices, to=_INT64)
+        if not features.dtype.is_floating_point():
+            features = op.Cast(features, to=_FLOAT)
+        size = op.Shape(features)
+        options = {"output_height": bins[0], "output_width": bins[1], "mode": "avg"}
+        if dialect == Dialect.ROI_ALIGN:
+            order = [columns[i] for i in (1, 0, 3, 2)]
+            rois = op.CastLike(op.Gather(boxes, op.Constant(value_ints=order), axis=1), features)
+            return op.RoiAlign(
+                features,
+                rois,
+                indices,
+                coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
+                sampling_ratio=sampling_ratio,
+                spatial_scale=spatial_scale,
+                **options,
+            )
+        y = along(boxes, op.Gather(size, op.Constant(value_ints=[2])), 0, Dialect(dialect), bins[0], columns)
+        x = along(boxes, op.Gather(size, op.Constant(value_ints=[3])), 1, Dialect(dialect), bins[1], columns)
+        rois = op.CastLike(op.Concat(x[0], y[0], x[1], y[1], axis=1), features)
+        made = op.RoiAlign(
+            features,
+            rois,
+            indices,
+            coordinate_transformation_mode="half_pixel",
+            sampling_ratio=1,
+            spatial_scale=1.0,
+            **options,
+        )
+        rows, places = (op.Unsqueeze(a, op.Constant(value_ints=axes)) for a, axes in ((y[2], [1, 3]), (x[2], [1, 2])))
+        inside = op.And(rows, places)
+        value = op.CastLike(op.Constant(value_float=extrapolation_value), features)
+        return op.Where(inside, made, value)
+
+    return {torch.ops.cupy_roialign.crops.default: crops}
