@@ -1,0 +1,111 @@
+"""A drop-in for ``torchvision.ops``: its `roi_align` and `RoIAlign`, by name, signature and result.
+
+    import cupy_roialign.torchvision as ops
+
+    ops.patch()             # a model of torchvision, detectron2 or your own that calls its roi_align now calls ours
+    with ops.patch(): ...   # or for a while
+
+Beyond torchvision's: gradients to the boxes, derivatives of any order, float16 and bfloat16 with float32 boxes, the
+same bits each time on a GPU, and boxes that are broken do no harm. torchvision itself is needed by `patch` only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+
+from cupy_roialign import torch as crt
+
+__all__ = ["RoIAlign", "patch", "roi_align"]
+
+
+def roi_align(
+    input: torch.Tensor,
+    boxes: torch.Tensor | Sequence[torch.Tensor],
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+) -> torch.Tensor:
+    """``torchvision.ops.roi_align``; boxes of a wrong shape raise AssertionError, as there.
+
+    Args:
+        input: (N, C, H, W) features.
+        boxes: (K, 5) of ``batch_index, x1, y1, x2, y2``, or a list of N tensors (L_i, 4) of ``x1, y1, x2, y2``.
+        output_size, spatial_scale, sampling_ratio, aligned: see `cupy_roialign.roi_align`.
+
+    Returns:
+        (K, C, height, width) averages.
+    """
+    listed = isinstance(boxes, (list, tuple))
+    columns = 4 if listed else 5
+    for part in boxes if listed else [boxes]:
+        shape = tuple(getattr(part, "shape", ()))
+        if len(shape) != 2 or shape[1] != columns:
+            kind = "a list of tensors (L, 4)" if listed else "a tensor (K, 5), or a list of tensors (L, 4)"
+            raise AssertionError(f"boxes must be {kind}; got one of shape {shape}")
+    return crt.roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned)
+
+
+class RoIAlign(torch.nn.Module):
+    """``torchvision.ops.RoIAlign``."""
+
+    def __init__(
+        self, output_size: int | Sequence[int], spatial_scale: float, sampling_ratio: int, aligned: bool = False
+    ) -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.spatial_scale = spatial_scale
+        self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
+
+    def forward(self, input: torch.Tensor, rois: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+        """(K, C, height, width) averages of (N, C, H, W) features."""
+        return roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
+            f"sampling_ratio={self.sampling_ratio}, aligned={self.aligned})"
+        )
+
+
+class patch:
+    """Puts our `roi_align` where torchvision's is, in every module that has been imported; `undo` takes it back.
+
+    Modules of torchvision that call theirs (`MultiScaleRoIAlign`, `RoIAlign`, the heads of its detection models) then
+    call ours, whenever the model was made. A program that was scripted or compiled before is not reached.
+
+    As a context manager it undoes itself at the end.
+    """
+
+    def __init__(self) -> None:
+        import torchvision.ops
+
+        original = torchvision.ops.roi_align
+        self._places: list[tuple[ModuleType, str, Any]] = []
+        if original is roi_align:
+            return  # patched already, by one that will undo it
+        for module in list(sys.modules.values()):
+            if isinstance(module, ModuleType):
+                names = [name for name, value in vars(module).items() if value is original]
+                self._places += [(module, name, original) for name in names]
+        for module, name, _ in self._places:
+            setattr(module, name, roi_align)
+
+    def undo(self) -> None:
+        for module, name, original in self._places:
+            setattr(module, name, original)
+        self._places = []
+
+    def __enter__(self) -> patch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
