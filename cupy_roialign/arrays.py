@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 SIGNED = ("int8", "int16", "int32", "int64")
 INTEGERS = (*SIGNED, "uint8", "uint16", "uint32", "uint64")
+
+
+_NAMES = {np.dtype(name): name for name in ("float16", "float32", "float64", *INTEGERS)}  # NumPy makes them anew
 
 
 class Like(NamedTuple):
@@ -19,7 +24,10 @@ class Like(NamedTuple):
 
 def dtype_name(array: Any) -> str:
     """`float32` for NumPy's, CuPy's, torch's and ml_dtypes' alike, in any byte order."""
-    return getattr(array.dtype, "name", None) or str(array.dtype).rpartition(".")[2]
+    dtype = array.dtype
+    if isinstance(dtype, np.dtype):
+        return _NAMES.get(dtype) or dtype.name
+    return getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
 
 
 def strides(array: Any) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ crops is linear in X and in each direction. A direction v adds itself to the oth
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -279,6 +280,12 @@ class _ToBoxes(torch.autograd.Function):
             batch.rows(0), batch.images(1), batch.rows(2), batch.indices(3, images), args[4], batch.all_rows(5)
         )
         return batch.apart(gradient), 0
+
+
+for _function in (_Crops, _ToFeatures, _ToBoxes):
+    # `apply` looks for defaults in it, of which there are none, and to make it anew each time takes as long as a crop.
+    _signature = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
+    vars(_function.forward)["__signature__"] = _signature
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:

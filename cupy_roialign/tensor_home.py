@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class TensorHome:
-    """Where tensors are computed on: see `dispatch.Home`."""
+    """Where tensors are computed on: see `dispatch.Home`. One serves one call."""
+
+    def __init__(self) -> None:
+        self._transformed = False  # whether a transform of torch.func has wrapped a tensor
 
     def check(self, name: str, tensor: torch.Tensor) -> None:
         """A tensor whose elements are not in memory would be read as what happens to lie at address 0, or anywhere."""
@@ -25,11 +28,17 @@ class TensorHome:
             raise TypeError(
                 f"{name} must be a dense tensor; got one that is {kind}; use its to_dense or to_padded_tensor"
             )
-        if not _has_memory(tensor):
-            raise TypeError(
-                f"{name} must be a tensor with elements in memory; got a {type(tensor).__name__} without (a fake, "
-                f"masked, or otherwise wrapped tensor)"
-            )
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter) or not _is_fake(tensor):
+            try:
+                if tensor.data_ptr() != 0 or tensor.numel() == 0:
+                    return
+            except RuntimeError:  # within a transform, which unwraps it later
+                self._transformed = True
+                return
+        raise TypeError(
+            f"{name} must be a tensor with elements in memory; got a {type(tensor).__name__} without (a fake, masked, "
+            f"or otherwise wrapped tensor)"
+        )
 
     def join(self, boxes: list[torch.Tensor], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not boxes:
@@ -46,7 +55,9 @@ class TensorHome:
             from cupy_roialign import ops
 
             return ops.FAMILY.crops(*request, ())
-        return autograd.EAGER.crops(*request, ())
+        if self._transformed or _is_differentiated(request.features, request.boxes):
+            return autograd.EAGER.crops(*request, ())
+        return tensors.forward(*request)  # an autograd Function takes as long as a small crop
 
     def vjp(self, request: Request) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[Any, Any]]]:
         features, boxes, batch_indices, rule = request
@@ -60,10 +71,16 @@ class TensorHome:
         return tensors.forward(features, boxes, batch_indices, rule), pullback
 
 
-def _has_memory(tensor: torch.Tensor) -> bool:
+def _is_fake(tensor: torch.Tensor) -> bool:
     try:
-        if tensor.untyped_storage().device.type == "meta":
-            return False
-        return tensor.numel() == 0 or tensor.data_ptr() != 0
-    except RuntimeError:  # within a transform of torch.func, which unwraps it later
+        return tensor.untyped_storage().device.type == "meta"
+    except RuntimeError:
+        return False
+
+
+def _is_differentiated(*inputs: torch.Tensor) -> bool:
+    """Whether autograd wants to know of a call, in reverse or in forward mode."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return True
+    unpack = torch.autograd.forward_ad.unpack_dual
+    return any(unpack(tensor).tangent is not None for tensor in inputs)  # type: ignore[no-untyped-call]

@@ -1,0 +1,98 @@
+"""What a call costs before and after the arithmetic: the torch path beside the NumPy function that does the work.
+
+    python -m benchmarks.overhead [--json FILE]
+
+Ways take turns, so that a machine that slows down slows all; microseconds, the median of many rounds.
+"""
+
+import os
+
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # read when NumPy is first imported
+    os.environ[variable] = "1"
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import cupy_roialign as cr
+from benchmarks import workloads
+from benchmarks.__main__ import processor
+from cupy_roialign import autograd, numpy_backend, operators, ops, tensors
+
+
+def us(functions, rounds=300, calls=5):
+    """{name: median microseconds} of functions that take turns."""
+    times = {name: [] for name in functions}
+    for round_ in range(rounds + 20):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            if round_ >= 20:
+                times[name].append(1e6 * (time.perf_counter() - start) / calls)
+    return {name: round(statistics.median(t), 1) for name, t in times.items()}
+
+
+def tiny():
+    rng = np.random.default_rng(0)
+    rois = np.array([[0, 2.3, 2.1, 12.4, 13.2]], np.float32)
+    return {"input": rng.random((1, 8, 20, 20), dtype=np.float32), "rois": rois, "scale": 1.0, "sr": 2, "out": (7, 7)}
+
+
+def ways(p):
+    options = (p["out"], p["scale"], p["sr"], True)
+    arrays = (p["input"], p["rois"])
+    plain = tuple(map(torch.from_numpy, arrays))
+    wanting = (plain[0].clone().requires_grad_(), plain[1])
+    request = operators._roi_align(*plain, *options, None)[1]
+    taken = operators._roi_align(*arrays, *options, None)[1]
+    like = autograd.like_of(plain[0])
+    output = cr.roi_align(*wanting, *options)
+    grad = torch.ones_like(output)
+    return {
+        "forward": {
+            "NumPy": lambda: cr.roi_align(*arrays, *options),
+            "torch": lambda: cr.roi_align(*plain, *options),
+            "torch, recording for backward": lambda: cr.roi_align(*wanting, *options),
+        },
+        "of these": {
+            "checks of NumPy arrays": lambda: operators._roi_align(*arrays, *options, None),
+            "checks of tensors": lambda: operators._roi_align(*plain, *options, None),
+            "the work, on NumPy arrays": lambda: numpy_backend.forward(*taken),
+            "the work, over DLPack": lambda: tensors.forward(*request),
+            "the work, in an autograd Function": lambda: autograd.EAGER.crops(*request, ()),
+            "the work, in an operator of torch.library": lambda: ops.FAMILY.crops(*request, ()),
+        },
+        "backward": {
+            "NumPy": lambda: numpy_backend.feature_gradient(grad.numpy(), *taken),
+            "over DLPack": lambda: tensors.feature_gradient(grad, like, *request[1:]),
+            "torch": lambda: torch.autograd.grad(output, wanting[0], grad, retain_graph=True),
+        },
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the times here as well")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    versions = {"numpy": np.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    report = {"processor": processor(), "versions": versions, "us, median": {}}
+    print(f"{processor()}; one thread; {versions}")
+    for name, p in (("K = 1, C = 8, 7x7", tiny()), ("W5", workloads.make("W5"))):
+        for part, functions in ways(p).items():
+            times = report["us, median"].setdefault(name, {})[part] = us(functions)
+            for way, time_ in times.items():
+                print(f"{name:18} {part:9} {way:42} {time_:8.1f} us")
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
