@@ -79,8 +79,9 @@ def _from_dlpack(array: Any) -> np.ndarray:
 
 def home(**named: Any) -> Home:
     """The home of some arguments, which must be arrays of one library on one device."""
-    (name, first), *others = named.items()
-    for other, array in ((name, first), *others):
+    name, first = next(iter(named.items()))
+    kind = None
+    for other, array in named.items():
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{other} is a masked array, and masks have no meaning here; pass {other}.filled(value)")
         if not hasattr(array, "__dlpack_device__") or isinstance(array, type):
@@ -88,12 +89,13 @@ def home(**named: Any) -> Home:
                 f"{other} must be an array, of NumPy, PyTorch or another library that has __dlpack__; got "
                 f"{_describe(array)}; make one with numpy.asarray, torch.as_tensor or the like"
             )
-        if _kind(array) != _kind(first):
+        if kind is None:
+            kind = library, place = _kind(array)
+        elif _kind(array) != kind:
             raise TypeError(
                 f"{name} and {other} must be arrays of one library on one device; got {_describe(first)} and "
                 f"{_describe(array)}; convert or move one of them"
             )
-    library, place = _kind(first)
     if library == "cupy":
         from cupy_roialign import cupy_backend
 

@@ -48,7 +48,7 @@ class TensorHome:
         return torch.cat(boxes), torch.cat(indices)
 
     def column(self, boxes: torch.Tensor) -> torch.Tensor:
-        return boxes.detach()[:, 0]
+        return boxes.detach().select(1, 0)
 
     def forward(self, request: Request) -> torch.Tensor:
         if torch.compiler.is_compiling():

@@ -94,7 +94,8 @@ def _on_cpu(tensor: torch.Tensor) -> bool:
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """Without autograd, and with each element in memory as it is."""
-    return tensor.detach().resolve_neg()
+    tensor = tensor.detach() if tensor.requires_grad else tensor
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
@@ -106,7 +107,8 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
-    return torch.utils.dlpack.from_dlpack(array).to(getattr(torch, dtype))
+    tensor = torch.utils.dlpack.from_dlpack(array)
+    return tensor if array.dtype.name == dtype else tensor.to(getattr(torch, dtype))
 
 
 class _CudaBackend(gpu_backend.GpuBackend):
