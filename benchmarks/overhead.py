@@ -65,13 +65,13 @@ def ways(p):
             "checks of NumPy arrays": lambda: operators._roi_align(*arrays, *options, None),
             "checks of tensors": lambda: operators._roi_align(*plain, *options, None),
             "the work, on NumPy arrays": lambda: numpy_backend.forward(*taken),
-            "the work, over DLPack": lambda: tensors.forward(*request),
+            "the work, on tensors": lambda: tensors.forward(*request),
             "the work, in an autograd Function": lambda: autograd.EAGER.crops(*request, ()),
             "the work, in an operator of torch.library": lambda: ops.FAMILY.crops(*request, ()),
         },
         "backward": {
             "NumPy": lambda: numpy_backend.feature_gradient(grad.numpy(), *taken),
-            "over DLPack": lambda: tensors.feature_gradient(grad, like, *request[1:]),
+            "on tensors": lambda: tensors.feature_gradient(grad, like, *request[1:]),
             "torch": lambda: torch.autograd.grad(output, wanting[0], grad, retain_graph=True),
         },
     }

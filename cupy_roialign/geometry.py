@@ -106,7 +106,14 @@ def terms(directions: int) -> tuple[tuple[int | None, int | None], ...]:
     A weight is the product of one of y and one of x, each of them linear in its position between two pixels. So
     every axis takes one change or, None, stays as it is, and there is no derivative beyond the second.
     """
-    return {0: ((None, None),), 1: ((0, None), (None, 0)), 2: ((0, 1), (1, 0))}.get(directions, ())
+    return _TERMS[directions] if directions < len(_TERMS) else ()
+
+
+_TERMS: tuple[tuple[tuple[int | None, int | None], ...], ...] = (
+    ((None, None),),
+    ((0, None), (None, 0)),
+    ((0, 1), (1, 0)),
+)
 
 
 def precision(rule: Rule, features: str, boxes: str) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cupy_roialign as cr
-from cupy_roialign import numpy_backend
+from cupy_roialign import numpy_backend, tensors
 from tests import tolerance
 
 torch = pytest.importorskip("torch")
@@ -87,7 +87,12 @@ def test_gradcheck_of_a_list_of_boxes():
     assert torch.autograd.gradcheck(lambda a, b: crt.roi_align(features(2, torch.float64), [a, b], 3, 0.9, 2), parts)
 
 
-def test_memory_is_shared_and_not_copied(monkeypatch):
+@pytest.mark.parametrize("bridge", ["direct", "DLPack"])
+def test_memory_is_shared_and_not_copied(bridge, monkeypatch):
+    """Over DLPack where torch and NumPy were not made for each other."""
+    if bridge == "DLPack":
+        monkeypatch.setattr(tensors, "_to_numpy", np.from_dlpack)
+        monkeypatch.setattr(tensors, "_from_numpy", torch.utils.dlpack.from_dlpack)
     seen = {}
     original = numpy_backend.forward
 
