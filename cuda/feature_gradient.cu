@@ -64,18 +64,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) feature_gradient(const Arg
     __shared__ int found[THREADS];
     __shared__ int counts[THREADS / 32];
     __shared__ bool touching[THREADS];
-    const int tiles_y = (a.size[0] + PIXELS - 1) / PIXELS, tiles_x = (a.size[1] + PIXELS - 1) / PIXELS;
-    const int parts = (a.channels + a.channels_at_once - 1) / a.channels_at_once;
-    long long block = a.first_block + blockIdx.x;
-    const int part = (int)(block % parts);
-    block /= parts;
-    const int tile_x = (int)(block % tiles_x);
-    block /= tiles_x;
-    const int tile_y = (int)(block % tiles_y);
-    const long long n = block / tiles_y;
-
-    const int thread = threadIdx.x, first_channel = part * a.channels_at_once;
-    const int start[2] = {tile_y * PIXELS, tile_x * PIXELS};
+    const Task task = task_of(a, (a.size[0] + PIXELS - 1) / PIXELS, (a.size[1] + PIXELS - 1) / PIXELS);
+    const long long n = task.item;
+    const int thread = threadIdx.x, first_channel = task.first_channel;
+    const int start[2] = {task.tile_y * PIXELS, task.tile_x * PIXELS};
     const int channels = min(a.channels_at_once, a.channels - first_channel);
     const int rows = min(PIXELS, a.size[0] - start[0]), columns = min(PIXELS, a.size[1] - start[1]);
     const int outputs = channels * rows * columns;

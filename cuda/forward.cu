@@ -6,17 +6,9 @@ const int OUTPUTS = 8;  // of a thread
 
 extern "C" __global__ void __launch_bounds__(THREADS) forward(const Arguments a) {
     __shared__ TapTable<false> along_y, along_x;
-    const int tiles_y = (a.rule.bins[0] + TILE - 1) / TILE, tiles_x = (a.rule.bins[1] + TILE - 1) / TILE;
-    const int parts = (a.channels + a.channels_at_once - 1) / a.channels_at_once;
-    long long block = a.first_block + blockIdx.x;
-    const int part = (int)(block % parts);
-    block /= parts;
-    const int tile_x = (int)(block % tiles_x);
-    block /= tiles_x;
-    const int tile_y = (int)(block % tiles_y);
-    const long long k = block / tiles_y;
-
-    const int first_channel = part * a.channels_at_once, first_p = tile_y * TILE, first_q = tile_x * TILE;
+    const Task task = task_of(a, (a.rule.bins[0] + TILE - 1) / TILE, (a.rule.bins[1] + TILE - 1) / TILE);
+    const long long k = task.item;
+    const int first_channel = task.first_channel, first_p = task.tile_y * TILE, first_q = task.tile_x * TILE;
     const int channels = min(a.channels_at_once, a.channels - first_channel);
     const int bins_y = min(TILE, a.rule.bins[0] - first_p), bins_x = min(TILE, a.rule.bins[1] - first_q);
     const int outputs = channels * bins_y * bins_x, thread = threadIdx.x;

@@ -228,6 +228,25 @@ struct TapTable {
 DEVICE Compute get_grad(const void* from, Offset place) { return (Compute)load(((const Grad*)from)[place]); }
 DEVICE void put(void* to, Offset place, Compute value) { store(((Result*)to)[place], value); }
 
+// What a block works on: a tile of an item (a box, or an image), for some of its channels.
+struct Task {
+    int first_channel, tile_y, tile_x;
+    long long item;
+};
+
+DEVICE Task task_of(const Arguments& a, int tiles_y, int tiles_x) {
+    const int parts = (a.channels + a.channels_at_once - 1) / a.channels_at_once;
+    long long block = a.first_block + blockIdx.x;
+    Task task;
+    task.first_channel = (int)(block % parts) * a.channels_at_once;
+    block /= parts;
+    task.tile_x = (int)(block % tiles_x);
+    block /= tiles_x;
+    task.tile_y = (int)(block % tiles_y);
+    task.item = block / tiles_y;
+    return task;
+}
+
 // The thread's place among (channel, row, column), in the order in which neighbours lie together in memory.
 template <typename Place>
 DEVICE void split(Place place, int channels, int rows, int columns, int& c, int& y, int& x) {

@@ -6,8 +6,8 @@
 The names and signatures of the classes are those of RoIAlign.pytorch, that of `roi_align` is torchvision's.
 Gradients reach the features and, unlike in both of these, the boxes, and are there in every order.
 
-Features are (N, C, H, W). A tensor of (N, H, W, C), TensorFlow's order, goes in as ``x.permute(0, 3, 1, 2)``: nothing is
-copied, and the crops lie channels-last in memory, so that ``crops.permute(0, 2, 3, 1)`` is contiguous.
+Features are (N, C, H, W). A tensor of (N, H, W, C), TensorFlow's order, goes in as ``x.permute(0, 3, 1, 2)``: nothing
+is copied, and the crops lie channels-last in memory, so that ``crops.permute(0, 2, 3, 1)`` is contiguous.
 """
 
 from __future__ import annotations

@@ -31,16 +31,7 @@ def roi_align(
     sampling_ratio: int = -1,
     aligned: bool = False,
 ) -> torch.Tensor:
-    """``torchvision.ops.roi_align``; boxes of a wrong shape raise AssertionError, as there.
-
-    Args:
-        input: (N, C, H, W) features.
-        boxes: (K, 5) of ``batch_index, x1, y1, x2, y2``, or a list of N tensors (L_i, 4) of ``x1, y1, x2, y2``.
-        output_size, spatial_scale, sampling_ratio, aligned: see `cupy_roialign.roi_align`.
-
-    Returns:
-        (K, C, height, width) averages.
-    """
+    """``torchvision.ops.roi_align``: see `cupy_roialign.torch.roi_align`. Wrong boxes raise AssertionError, as there."""
     listed = isinstance(boxes, (list, tuple))
     columns = 4 if listed else 5
     for part in boxes if listed else [boxes]:

@@ -29,7 +29,7 @@ def test_the_backends_mirror_each_other(cupy):
 
     def public(module):
         functions = inspect.getmembers(module, inspect.isroutine)
-        own = {name: f for name, f in functions if f.__module__.startswith("cupy_roialign") and name[0] != "_"}
+        own = {name: f for name, f in functions if name[0] != "_" and f.__module__.startswith("cupy_roialign")}
         return {name: list(inspect.signature(f).parameters) for name, f in own.items()}
 
     assert public(cupy_backend) == public(numpy_backend)
