@@ -22,6 +22,9 @@ from cupy_roialign.numpy_weights import AxisWeights, Block, Pixels
 WORKSPACE = 64 * 2**20
 """Bytes that a copy of features may take, and as many the weights of the boxes at work, and a crop."""
 
+PIXELS_AT_ONCE = 256
+"""Pixels on their way to planes that lie in a small buffer."""
+
 FEW_CHANNELS = 16
 """Below, an image is worked on as planes, (C, H, W); from here on as pixels, (H, W, C)."""
 
@@ -83,7 +86,7 @@ def forward(
                     so_far = layout.view(total[piece.channels])
                     so_far += crop
                     crop = so_far
-                layout.view(target[box.number, piece.channels])[...] = crop
+                _write(layout.view(target[box.number, piece.channels]), crop)
         if rule.extrapolation_value != 0 and not directions:
             value = np.array(rule.extrapolation_value).astype(output.dtype)
             for index, outside in chunk.outside():
@@ -110,7 +113,8 @@ def feature_gradient(
     total = _allocate(np.zeros, features, features.shape, _compute_dtype(features))
     if grad_output.size and total.size:
         layout = _Layout.of(total)
-        for chunk in _Plan(total, boxes, batch_indices, rule, directions).chunks():
+        begun: dict[int, int] = {}  # images, and the chunk that came to them first
+        for number, chunk in enumerate(_Plan(total, boxes, batch_indices, rule, directions).chunks()):
             grads = chunk.of(grad_output)
             for piece in chunk.pieces:
                 target = layout.view(total[piece.image, piece.channels])[piece.window]
@@ -121,7 +125,9 @@ def feature_gradient(
                     for blocks in box.terms:
                         _add_spread(part, grad, box.pixels, blocks, layout, product)
                 if part is not target:
-                    target += part
+                    if begun.setdefault(piece.image, number) != number:
+                        part += target
+                    _write(target, part)
     return total.astype(_output_dtype(features), copy=False)
 
 
@@ -205,6 +211,28 @@ def _is_finite(values: np.ndarray) -> bool:
     """Whether all is finite. False for some huge finite values too, which then only take the slower way."""
     flat = values.ravel(order="K")
     return math.isfinite(flat.dot(flat))
+
+
+def _write(target: np.ndarray, values: np.ndarray) -> None:
+    """target[...] = values, for (h, w, C) whose pixels may lie as planes in `target`.
+
+    From pixels to planes a plain copy reads with a stride, and where that is a multiple of a large power of two, all
+    it reads falls on one place in the cache. So pixels go through a small buffer with another stride.
+    """
+    channels = values.shape[-1]
+    if target.strides[-1] == target.itemsize or channels < FEW_CHANNELS:
+        target[...] = values
+        return
+    if target.strides[0] == target.strides[1] * target.shape[1]:  # rows follow each other, as in a crop
+        target, values = (a.reshape(1, -1, channels) for a in (target, values))
+    rows, columns = target.shape[:2]
+    buffer = np.empty((min(columns, PIXELS_AT_ONCE), channels + 16), values.dtype)
+    for row in range(rows):
+        for start in range(0, columns, PIXELS_AT_ONCE):
+            pixels = values[row, start : start + PIXELS_AT_ONCE]
+            passed = buffer[: len(pixels), :channels]
+            passed[...] = pixels
+            target[row, start : start + PIXELS_AT_ONCE] = passed
 
 
 class _Layout(NamedTuple):

@@ -31,7 +31,7 @@ def roi_align(
     sampling_ratio: int = -1,
     aligned: bool = False,
 ) -> torch.Tensor:
-    """``torchvision.ops.roi_align``: see `cupy_roialign.torch.roi_align`. Wrong boxes raise AssertionError, as there."""
+    """``torchvision.ops.roi_align``: see `cupy_roialign.torch.roi_align`. Wrong boxes raise AssertionError as there."""
     listed = isinstance(boxes, (list, tuple))
     columns = 4 if listed else 5
     for part in boxes if listed else [boxes]:
