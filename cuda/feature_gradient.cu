@@ -1,4 +1,4 @@
-// The gradient to the features. A block owns a tile of pixels of one image, for some channels: it looks through the
+// The gradient to the features, after `reach`. A block owns a tile of pixels of one image, for some channels: it looks through the
 // boxes for those that touch the tile, adds what each gives, in the boxes' order, and writes each element once.
 // So the result is the same, to the bit, each time, and neither atomics nor zeroed memory are needed.
 
@@ -59,6 +59,39 @@ DEVICE bool near(const Axis& axis, int from, int to, int size, int start) {
     return !(high + slack < least || low - slack > most);  // so written that NaN is near
 }
 
+// The pixels that a box may touch, a few more on each side. Every tile looks at all boxes, and would spend most of its
+// time on resolving those that are elsewhere.
+struct Reach {
+    long long image;  // -1: a broken box
+    int first[2], last[2];
+};
+
+// Whether a box may touch pixels [start, start + PIXELS). Clamping brings samples from around the image to its border.
+DEVICE bool meets(const Reach& reach, int axis, int size, int start) {
+    const int least = start == 0 ? -1 : start - 1, most = start + PIXELS >= size ? size : start + PIXELS;
+    return reach.last[axis] >= least && reach.first[axis] <= most;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) reach(const Arguments a) {
+    const long long k = (a.first_block + blockIdx.x) * THREADS + threadIdx.x;
+    if (k >= a.count) return;
+    Reach found = {-1, {0, 0}, {0, 0}};
+    Axis axes[2];
+    long long image;
+    if (open_box(a, k, image, axes) && axes[0].samples > 0 && axes[1].samples > 0) {
+        found.image = image;
+        for (int axis = 0; axis < 2; ++axis) {
+            const double u = widen(origin_of(axes[axis], 0)), v = widen(origin_of(axes[axis], a.rule.bins[axis]));
+            const double slack = 1 + 1e-5 * (fabs(u) + fabs(v)), size = a.size[axis];
+            const double low = (u < v ? u : v) - slack, high = (u < v ? v : u) + slack;
+            // so written that NaN reaches everywhere
+            found.first[axis] = low >= -2 ? (low <= size + 1 ? (int)floor(low) : a.size[axis] + 1) : -2;
+            found.last[axis] = high <= size + 1 ? (high >= -2 ? (int)ceil(high) : -2) : a.size[axis] + 1;
+        }
+    }
+    ((Reach*)a.result)[k] = found;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) feature_gradient(const Arguments a) {
     __shared__ Band along_y, along_x;
     __shared__ int found[THREADS];
@@ -78,11 +111,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) feature_gradient(const Arg
         // Which of the next boxes touch the tile, in their order.
         bool touches = false;
         if (base + thread < a.count) {
-            long long image;
-            Axis axes[2];
-            touches = open_box(a, base + thread, image, axes) && image == n &&
-                      near(axes[0], 0, a.rule.bins[0], a.size[0], start[0]) &&
-                      near(axes[1], 0, a.rule.bins[1], a.size[1], start[1]);
+            const Reach found = ((const Reach*)a.workspace)[base + thread];
+            touches = found.image == n && meets(found, 0, a.size[0], start[0]) && meets(found, 1, a.size[1], start[1]);
         }
         touching[thread] = touches;
         if (!__syncthreads_or(touches)) continue;

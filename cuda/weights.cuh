@@ -7,6 +7,7 @@ struct Arguments {
     const void* boxes;         // (K, 4 or 5)
     const void* batch_indices; // (K,)
     void* result;              // crops, a gradient to the features, or a gradient to the boxes
+    const void* workspace;     // what an earlier kernel left for this one
     const void* directions[2]; // each like the boxes: changes of them, along which to take the derivative
     long long feature_strides[4], output_strides[4], box_strides[2], index_stride, direction_strides[4];  // in elements
     long long images, count, first_block;  // N, K, and the number of the first block of this launch

@@ -90,8 +90,10 @@ class GpuBackend:
             grad = self._readable(grad_output, dtype)
             blocks, area = _tiles(tuple(features.shape[2:]))
             blocks *= features.shape[0]
-            at_work = (gradient, grad, boxes, batch_indices, gradient)
-            self._launch("feature_gradient", blocks, area, at_work, rule, directions)
+            inputs = (gradient, grad, boxes, batch_indices)
+            reaches = self.empty((len(boxes), 3), "int64", grad_output)  # room for `Reach`
+            self._launch("reach", -(-len(boxes) // THREADS), 0, (*inputs, reaches), rule, ())
+            self._launch("feature_gradient", blocks, area, (*inputs, gradient), rule, directions, reaches)
             return gradient
 
     def box_gradient(
@@ -123,6 +125,7 @@ class GpuBackend:
         at_work: tuple[Any, Any, Any, Any, Any],
         rule: geometry.Rule,
         directions: Sequence[Any],
+        workspace: Any = None,
     ) -> None:
         """Runs a kernel over `blocks` tiles of `area` outputs for each channel; 0: a block takes all channels.
 
@@ -142,9 +145,10 @@ class GpuBackend:
             return
         views = [self.view(array) for array in (planes, crops, boxes, batch_indices, result)]
         changes = [self.view(array) for array in directions]
+        pointer = 0 if workspace is None else self.place(workspace)[0]
         kernel = kernels.kernel(name, types_of(views[0], views[1], views[2], rule))
         for first in range(0, blocks, MOST_BLOCKS):
-            arguments = kernels.arguments(views, changes, rule, first, at_once)
+            arguments = kernels.arguments(views, changes, rule, first, at_once, pointer)
             kernel((min(MOST_BLOCKS, blocks - first),), (THREADS,), (arguments,))
 
     def view(self, array: Any) -> kernels.View:

@@ -17,7 +17,13 @@ import numpy as np
 
 from cupy_roialign import arrays, geometry
 
-KERNELS = ("forward", "feature_gradient", "box_gradient")
+KERNELS = {
+    "forward": "forward.cu",
+    "reach": "feature_gradient.cu",
+    "feature_gradient": "feature_gradient.cu",
+    "box_gradient": "box_gradient.cu",
+}
+"""All kernels, and the file that each is in."""
 
 CTYPES = {
     "float16": "Half",
@@ -86,6 +92,7 @@ ARGUMENTS = np.dtype(
         ("boxes", "u8"),
         ("batch_indices", "u8"),
         ("result", "u8"),
+        ("workspace", "u8"),
         ("directions", "u8", 2),
         ("feature_strides", "i8", 4),
         ("output_strides", "i8", 4),
@@ -135,7 +142,12 @@ def rule_bytes(rule: geometry.Rule) -> bytes:
 
 
 def arguments(
-    at_work: Sequence[View], directions: Sequence[View], rule: geometry.Rule, first: int, at_once: int
+    at_work: Sequence[View],
+    directions: Sequence[View],
+    rule: geometry.Rule,
+    first: int,
+    at_once: int,
+    workspace: int = 0,
 ) -> np.ndarray:
     """ARGUMENTS of a launch whose first block has that number, for so many channels a block.
 
@@ -145,6 +157,7 @@ def arguments(
     absent = 2 - len(directions)
     packed = _ARGUMENTS.pack(
         *(view.pointer for view in at_work),
+        workspace,
         *(view.pointer for view in directions),
         *[0] * absent,
         *planes.strides,
@@ -207,7 +220,7 @@ def source(name: str, types: Types) -> str:
         f"#define GRAD {CTYPES[types.crops]}\n"
         f"#define CHANNELS_LAST {int(types.channels_last)}\n"
     )
-    return "\n".join([read("device.cuh"), definitions, *map(read, ("geometry.cuh", "weights.cuh", f"{name}.cu"))])
+    return "\n".join([read("device.cuh"), definitions, *map(read, ("geometry.cuh", "weights.cuh", KERNELS[name]))])
 
 
 @functools.cache

@@ -166,14 +166,15 @@ def test_arguments_are_packed_in_the_order_of_their_names():
     ]
     rule = Rule(Dialect.ROI_CROP_CORNERS, (8, 9), (2, 1, 4, 3), 0.25, 6, True, True, -1.5)
     directions = [kernels.View(200, (91, 92), (7, 5), "float32")]
-    packed = kernels.arguments(at_work, directions, rule, 77, 11)
+    packed = kernels.arguments(at_work, directions, rule, 77, 11, 105)
     fields = {name: packed[name].tolist() for name in kernels.ARGUMENTS.names if name != "rule"}
     assert {name: packed["rule"][name].tolist() for name in kernels.RULE.names} == {
         "spatial_scale": 0.25, "extrapolation_value": -1.5, "dialect": 2, "bins": [8, 9], "columns": [2, 1, 4, 3],
         "sampling_ratio": 6, "aligned": 1, "nearest": 1,
     }  # fmt: skip
     assert fields == {
-        "features": 100, "grad_output": 101, "boxes": 102, "batch_indices": 103, "result": 104, "directions": [200, 0],
+        "features": 100, "grad_output": 101, "boxes": 102, "batch_indices": 103, "result": 104, "workspace": 105,
+        "directions": [200, 0],
         "feature_strides": [0, 1, 2, 3], "output_strides": [10, 11, 12, 13], "box_strides": [20, 21],
         "index_stride": 30, "direction_strides": [91, 92, 0, 0], "direction_count": 1,
         "images": 2, "count": 7, "first_block": 77, "channels": 3, "size": [4, 5],
