@@ -173,10 +173,9 @@ class _Crops(torch.autograd.Function):
             crops = EAGER.crops(planes.flatten(1, 2), boxes, batch_indices, rule, directions)
             return crops.reshape(crops.shape[0], *planes.shape[1:3], *rule.bins), 1
         batch = _Batch(info.batch_size, in_dims, args)
-        images = features.shape[0] if in_dims[0] is None else features.movedim(in_dims[0], 0).shape[1]
-        indices = batch.indices(2, 0 if in_dims[0] is None else images)
+        indices = batch.indices(2, 0 if in_dims[0] is None else batch.length(0))
         crops = EAGER.crops(batch.images(0), batch.rows(1), indices, rule, batch.all_rows(4))
-        return batch.apart(crops), 0
+        return batch.apart(crops, batch.length(1)), 0
 
 
 class _ToFeatures(torch.autograd.Function):
@@ -220,7 +219,7 @@ class _ToFeatures(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[torch.Tensor, int]:
         grad, boxes, batch_indices, rule, like, *directions = args
         count, channels, *size = like.shape
-        if in_dims[1:] == (None,) * (len(in_dims) - 1):
+        if in_dims[1:3] + in_dims[5:] == (None,) * (len(in_dims) - 3):
             stacked = grad.movedim(in_dims[0], 1).flatten(1, 2)
             wide = like._replace(shape=(count, info.batch_size * channels, *size))
             gradient = EAGER.to_features(stacked, wide, boxes, batch_indices, rule, directions)
@@ -229,7 +228,7 @@ class _ToFeatures(torch.autograd.Function):
         long = like._replace(shape=(info.batch_size * count, channels, *size))
         indices = batch.indices(2, count)
         gradient = EAGER.to_features(batch.rows(0), long, batch.rows(1), indices, rule, batch.all_rows(5))
-        return batch.apart(gradient), 0
+        return batch.apart(gradient, count), 0
 
 
 class _ToBoxes(torch.autograd.Function):
@@ -274,12 +273,12 @@ class _ToBoxes(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[torch.Tensor, int]:
-        batch, features = _Batch(info.batch_size, in_dims, args), args[1]
-        images = 0 if in_dims[1] is None else features.movedim(in_dims[1], 0).shape[1]
+        batch = _Batch(info.batch_size, in_dims, args)
+        images = 0 if in_dims[1] is None else batch.length(1)
         gradient = EAGER.to_boxes(
             batch.rows(0), batch.images(1), batch.rows(2), batch.indices(3, images), args[4], batch.all_rows(5)
         )
-        return batch.apart(gradient), 0
+        return batch.apart(gradient, batch.length(2)), 0
 
 
 for _function in (_Crops, _ToFeatures, _ToBoxes):
@@ -314,6 +313,11 @@ class _Batch:
     def __init__(self, size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]):
         self.size, self._dims, self._args = size, in_dims, args
 
+    def length(self, number: int) -> int:
+        """Of argument `number`: how many images or rows each call has."""
+        tensor, dim = self._args[number], self._dims[number]
+        return int(tensor.shape[0] if dim is None else tensor.movedim(dim, 0).shape[1])
+
     def images(self, number: int) -> torch.Tensor:
         """Argument `number`: (N, ...) if all calls share it, or (B * N, ...)."""
         tensor, dim = self._args[number], self._dims[number]
@@ -335,10 +339,10 @@ class _Batch:
             return indices
         indices = indices.double() if indices.is_floating_point() else indices.long()
         first = images * torch.arange(self.size, device=indices.device)
-        first = first.repeat_interleave(indices.shape[0] // self.size, output_size=indices.shape[0])
+        first = first.repeat_interleave(self.length(number), output_size=indices.shape[0])
         # one out of range must not become an image of the next call
         return torch.where((indices > -0.5) & (indices < images - 0.5), indices + first, -1)
 
-    def apart(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(B * M, ...) as (B, M, ...)."""
-        return tensor.reshape(self.size, tensor.shape[0] // self.size, *tensor.shape[1:])
+    def apart(self, tensor: torch.Tensor, length: int) -> torch.Tensor:
+        """(B * length, ...) as (B, length, ...)."""
+        return tensor.reshape(self.size, length, *tensor.shape[1:])

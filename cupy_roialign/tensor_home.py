@@ -17,6 +17,7 @@ class TensorHome:
     """Where tensors are computed on: see `dispatch.Home`. One serves one call."""
 
     def __init__(self) -> None:
+        self._in_graph = _is_recorded()
         self._transformed = False  # whether a transform of torch.func has wrapped a tensor
 
     def check(self, name: str, tensor: torch.Tensor) -> None:
@@ -28,6 +29,8 @@ class TensorHome:
             raise TypeError(
                 f"{name} must be a dense tensor; got one that is {kind}; use its to_dense or to_padded_tensor"
             )
+        if self._in_graph:
+            return
         if type(tensor) in (torch.Tensor, torch.nn.Parameter) or not _is_fake(tensor):
             try:
                 if tensor.data_ptr() != 0 or tensor.numel() == 0:
@@ -51,16 +54,29 @@ class TensorHome:
         return boxes.detach().select(1, 0)
 
     def forward(self, request: Request) -> torch.Tensor:
-        if torch.compiler.is_compiling():
+        if self._in_graph:
             from cupy_roialign import ops
 
+            compiling = torch.compiler.is_compiling()
+            if torch._C._are_functorch_transforms_active() or (not compiling and _has_tangent(*request[:2])):
+                raise NotImplementedError(
+                    "torch.func's transforms (grad, jvp, vmap, linearize...) cannot be recorded around cupy_roialign "
+                    "by torch.compile or a tracer; call them outside of what is compiled, or use autograd in it"
+                )
             return ops.FAMILY.crops(*request, ())
-        if self._transformed or _is_differentiated(request.features, request.boxes):
+        if self._transformed:
+            _refuse_nested_forward_mode()
+            return autograd.EAGER.crops(*request, ())
+        if _is_differentiated(request.features, request.boxes):
             return autograd.EAGER.crops(*request, ())
         return tensors.forward(*request)  # an autograd Function takes as long as a small crop
 
     def vjp(self, request: Request) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[Any, Any]]]:
         features, boxes, batch_indices, rule = request
+        if self._in_graph or self._transformed:
+            raise TypeError(
+                "cupy_roialign.vjp cannot be recorded or transformed by torch; use torch.func.vjp or autograd instead"
+            )
 
         def pullback(grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return (
@@ -69,6 +85,26 @@ class TensorHome:
             )
 
         return tensors.forward(features, boxes, batch_indices, rule), pullback
+
+
+def _is_recorded() -> bool:
+    """Whether what is called is recorded, or done in another mode, by torch: then only an operator of its own is."""
+    if torch.compiler.is_compiling():
+        return True
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _refuse_nested_forward_mode() -> None:
+    """Of two tangents torch loses the outer one, where an autograd Function has a rule for forward mode."""
+    from torch._functorch import pyfunctorch
+
+    levels = [level.key() for level in pyfunctorch.retrieve_all_functorch_interpreters()]
+    if levels.count(torch._C._functorch.TransformType.Jvp) > 1:
+        raise NotImplementedError(
+            "forward mode within forward mode (jvp of jvp, jacfwd of jacfwd) would be wrong; take reverse mode for one "
+            "of the two, as torch.func.hessian does"
+        )
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:
@@ -82,5 +118,9 @@ def _is_differentiated(*inputs: torch.Tensor) -> bool:
     """Whether autograd wants to know of a call, in reverse or in forward mode."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
         return True
+    return _has_tangent(*inputs)
+
+
+def _has_tangent(*inputs: torch.Tensor) -> bool:
     unpack = torch.autograd.forward_ad.unpack_dual
     return any(unpack(tensor).tangent is not None for tensor in inputs)  # type: ignore[no-untyped-call]

@@ -79,7 +79,7 @@ def box_gradient(
     directions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     if not geometry.terms(len(directions) + 1):
-        return torch.zeros_like(boxes)
+        return boxes.new_zeros(boxes.shape)
     if _on_cpu(grad_output):
         gradient = numpy_backend.box_gradient(
             _array(grad_output),

@@ -11,10 +11,11 @@ same bits each time on a GPU, and boxes that are broken do no harm. torchvision 
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -39,6 +40,8 @@ def roi_align(
         if len(shape) != 2 or shape[1] != columns:
             kind = "a list of tensors (L, 4)" if listed else "a tensor (K, 5), or a list of tensors (L, 4)"
             raise AssertionError(f"boxes must be {kind}; got one of shape {shape}")
+    if listed and 0 < len(boxes) < input.shape[0]:  # images without boxes at the end may be left out, as there
+        boxes = [*boxes, *[boxes[0][:0]] * (input.shape[0] - len(boxes))]
     return crt.roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned)
 
 
@@ -69,34 +72,50 @@ class patch:
     """Puts our `roi_align` where torchvision's is, in every module that has been imported; `undo` takes it back.
 
     Modules of torchvision that call theirs (`MultiScaleRoIAlign`, `RoIAlign`, the heads of its detection models) then
-    call ours, whenever the model was made. A program that was scripted or compiled before is not reached.
+    call ours, whenever the model was made. A program that was scripted or compiled before is not reached, and
+    torch.jit.script does not take ours.
 
-    As a context manager it undoes itself at the end.
+    As a context manager it undoes itself at the end. Of several patches the last to be undone takes ours away.
     """
 
+    _held: ClassVar[set[patch]] = set()
+    _theirs: ClassVar[Callable[..., Any] | None] = None
+
     def __init__(self) -> None:
+        self._put()
+
+    def _put(self) -> None:
         import torchvision.ops
 
-        original = torchvision.ops.roi_align
-        self._places: list[tuple[ModuleType, str, Any]] = []
-        if original is roi_align:
-            return  # patched already, by one that will undo it
-        for module in list(sys.modules.values()):
-            if isinstance(module, ModuleType):
-                names = [name for name, value in vars(module).items() if value is original]
-                self._places += [(module, name, original) for name in names]
-        for module, name, _ in self._places:
-            setattr(module, name, roi_align)
+        if not patch._held:
+            patch._theirs = torchvision.ops.roi_align
+            _replace(patch._theirs, _patched)
+        patch._held.add(self)
 
     def undo(self) -> None:
-        for module, name, original in self._places:
-            setattr(module, name, original)
-        self._places = []
+        if self in patch._held:
+            patch._held.remove(self)
+            if not patch._held:
+                _replace(_patched, patch._theirs)  # in modules, too, that were imported in the meantime
 
     def __enter__(self) -> patch:
+        self._put()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.undo()
+
+
+@functools.wraps(roi_align)
+def _patched(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """A function of its own, so that it is known from a `roi_align` that someone imported from here."""
+    return roi_align(*args, **kwargs)
+
+
+def _replace(old: Callable[..., Any] | None, new: Callable[..., Any] | None) -> None:
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType) and module.__name__ != __name__:
+            for name in [name for name, value in vars(module).items() if value is old]:
+                setattr(module, name, new)

@@ -88,7 +88,8 @@ def size(name: str, value: Any) -> tuple[int, int]:
     """An int or a pair of ints, at least 1: (height, width)."""
     pair = (value, value)
     if (
-        isinstance(value, Iterable)
+        not isinstance(value, int)
+        and isinstance(value, Iterable)
         and not isinstance(value, (str, bytes, set, frozenset, dict))
         and getattr(value, "shape", None) != ()
     ):
@@ -118,6 +119,8 @@ def sampling_ratio(name: str, value: Any) -> int:
 
 
 def integer(name: str, value: Any, expected: str = "an int") -> int:
+    if isinstance(value, int) and not isinstance(value, bool):  # first: see `number`
+        return int(value)
     try:
         if isinstance(value, (bool, np.bool_)) or "bool" in str(getattr(value, "dtype", "")):
             raise TypeError
@@ -128,8 +131,8 @@ def integer(name: str, value: Any, expected: str = "an int") -> int:
 
 def number(name: str, value: Any) -> float:
     """A real number; NaN and infinities are numbers here."""
-    if isinstance(value, float):  # first: where a compiler traces this, it may be a symbol that knows only that
-        return float(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)  # first: where a compiler traces this, it may be a symbol that knows no more of itself
     dtype = str(getattr(value, "dtype", ""))
     kinds = (bool, str, bytes, complex)
     if (

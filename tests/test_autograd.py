@@ -236,6 +236,43 @@ def test_vmap_keeps_broken_boxes_broken():
     assert int(actual.isnan().sum()) == actual[1, 0].numel()
 
 
+def test_nothing_in_a_batch():
+    none = torch.zeros(0, 2, 4, dtype=torch.float64)
+    assert torch.func.vmap(crop, in_dims=(None, 0))(FEATURES, none).shape == (0, 2, 2, 3, 3)
+    assert torch.func.vmap(crop, in_dims=(0, 0))(FEATURES[None][:0], none).shape == (0, 2, 2, 3, 3)
+    for shape, count in (((2, 2, 8, 11), 0), ((0, 2, 8, 11), 0), ((2, 0, 8, 11), 2)):
+        f, b, i = torch.ones(shape, dtype=torch.float64), BOXES[:count], INDICES[:count]
+        function = lambda f, b: cr.roi_crop(f, b, i, 3)  # noqa: B023, E731
+        for transform in (torch.func.jacrev, torch.func.jacfwd):
+            assert transform(function, argnums=1)(f, b).shape == (count, shape[1], 3, 3, count, 4)
+        assert torch.func.hessian(lambda b: function(f, b).sum())(b).shape == (count, 4, count, 4)  # noqa: B023
+
+
+def test_many_cotangents_are_channels_of_one_call():
+    seen = []
+    original = numpy_backend.feature_gradient
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            numpy_backend, "feature_gradient", lambda g, f, *rest: seen.append(f.shape) or original(g, f, *rest)
+        )
+        torch.func.jacrev(lambda f: cr.roi_crop(f, BOXES, INDICES, 1))(FEATURES)
+    assert seen == [(2, 2 * 4, 8, 11)]
+
+
+def test_forward_mode_within_forward_mode_is_refused_and_not_wrong():
+    """Torch would lose the outer tangent, and say nothing."""
+    along = lambda b: torch.func.jvp(loss_of_boxes, (b,), (BOXES,))[1]  # noqa: E731
+    with pytest.raises(NotImplementedError, match="forward mode within forward mode"):
+        torch.func.jvp(along, (BOXES,), (BOXES,))
+    with pytest.raises(NotImplementedError, match="forward mode within forward mode"):
+        torch.func.jacfwd(torch.func.jacfwd(loss_of_boxes))(BOXES)
+
+
+def test_vjp_of_this_package_is_not_transformed():
+    with pytest.raises(TypeError, match=r"use torch\.func\.vjp"):
+        torch.func.grad(lambda b: cr.vjp(cr.roi_crop, FEATURES, b, INDICES, 3)[0].sum())(BOXES)
+
+
 def test_jacobians_agree():
     forward, reverse = torch.func.jacfwd(crop, argnums=(0, 1)), torch.func.jacrev(crop, argnums=(0, 1))
     for a, b in zip(forward(features(), BOXES), reverse(features(), BOXES), strict=True):

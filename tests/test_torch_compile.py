@@ -10,6 +10,9 @@ import pytest
 import cupy_roialign as cr
 
 torch = pytest.importorskip("torch")
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+
 crt = pytest.importorskip("cupy_roialign.torch")
 
 INDICES = torch.tensor([0, 1])
@@ -86,6 +89,52 @@ def test_no_compilation_for_another_number_of_boxes_or_images():
         compilations.add(counter.frame_count)
     assert len(compilations) == 1
     assert compilations != {0}
+
+
+def test_arguments_that_change_between_calls():
+    """Each of them a symbol, or made of sizes."""
+    f, b = inputs()
+    functions = {
+        "output_size": lambda f, b, n: cr.roi_align(f, b, n, batch_indices=INDICES),
+        "a pair": lambda f, b, n: cr.roi_crop(f, b, INDICES, (n, 2 * n)),
+        "sampling_ratio": lambda f, b, n: cr.roi_align(f, b, 3, sampling_ratio=n, batch_indices=INDICES),
+        "extrapolation_value": lambda f, b, n: cr.roi_crop(f, b + 9, INDICES, 3, n),
+        "spatial_scale": lambda f, b, n: cr.roi_align(f, b, 3, n, batch_indices=INDICES),
+        "sizes": lambda f, b, n: cr.roi_crop(f, b, INDICES, f.shape[-2:]),
+    }
+    for name, function in functions.items():
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for n in (1, 2, 3):
+            assert torch.equal(compiled(f, b, n), function(f, b, n)), name
+
+
+def test_transforms_in_a_graph_are_refused_and_not_wrong():
+    """Torch would give zero tangents for an operator, and say nothing."""
+    f, b = (tensor.detach() for tensor in inputs())
+    tangent = lambda b: torch.func.jvp(lambda b: FUNCTIONS["roi_crop"](f, b), (b,), (b,))[1]  # noqa: E731
+    with pytest.raises(Exception, match=r"torch\.func's transforms"):
+        torch.compile(tangent, fullgraph=True, backend="aot_eager")(b)
+    with pytest.raises(NotImplementedError, match=r"torch\.func's transforms"):
+        torch.func.linearize(lambda b: FUNCTIONS["roi_crop"](f, b).sum(), b)
+
+
+def test_tracers_record_the_operator():
+    """And not the crops of the inputs that they were shown."""
+    f, b = (tensor.detach() for tensor in inputs())
+    function = lambda f, b, i: cr.roi_align(f, b, 3, 0.9, 2, batch_indices=i)  # noqa: E731
+    traced = [make_fx(function, tracing_mode=mode)(f, b, INDICES) for mode in ("real", "symbolic")]
+    traced.append(torch.jit.trace(function, (f, b, INDICES)))
+    for program in traced:
+        other = (f + 1, b + 0.5, 1 - INDICES)
+        assert torch.equal(program(*other), function(*other))
+
+
+def test_fake_tensors():
+    f, b = (tensor.detach() for tensor in inputs())
+    with FakeTensorMode() as mode:
+        fake = cr.roi_crop(mode.from_tensor(f), mode.from_tensor(b), mode.from_tensor(INDICES), 3)
+    assert fake.shape == (2, 5, 3, 3)
 
 
 def test_no_boxes():

@@ -105,6 +105,34 @@ def test_patch(torchvision):
     assert calls(torchvision) == ["theirs"] * 4
 
 
+def test_patches_at_the_same_time(torchvision):
+    first, second = ops.patch(), ops.patch()
+    first.undo()
+    assert all(isinstance(output, torch.Tensor) for output in calls(torchvision))
+    second.undo()
+    assert calls(torchvision) == ["theirs"] * 4
+    with first:
+        assert all(isinstance(output, torch.Tensor) for output in calls(torchvision))
+    assert calls(torchvision) == ["theirs"] * 4
+
+
+def test_a_module_that_is_imported_while_patched(torchvision, tmp_path):
+    (tmp_path / "imported_late.py").write_text(
+        "from torchvision.ops import roi_align\nfrom cupy_roialign.torchvision import roi_align as ours\n"
+    )
+    with ops.patch():
+        late = importlib.import_module("imported_late")
+        assert isinstance(late.roi_align(FEATURES, BOXES, 3), torch.Tensor)
+    assert late.roi_align(FEATURES, BOXES, 3) == "theirs"
+    assert late.ours is ops.roi_align
+    del sys.modules["imported_late"]
+
+
+def test_fewer_lists_than_images():
+    expected = ops.roi_align(FEATURES, BOXES[:1], 3)
+    torch.testing.assert_close(ops.roi_align(FEATURES, [BOXES[:1, 1:]], 3), expected, rtol=0, atol=0)
+
+
 def test_patch_is_undone_after_an_error(torchvision):
     with pytest.raises(RuntimeError), ops.patch():
         raise RuntimeError
