@@ -15,7 +15,7 @@ import torch
 from cupy_roialign import ops  # noqa: F401
 from cupy_roialign.geometry import Dialect
 
-_FLOAT, _INT64 = 1, 7  # of ONNX's TensorProto.DataType
+_FLOAT, _INT64, _DOUBLE = 1, 7, 11  # of ONNX's TensorProto.DataType
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -54,6 +54,10 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         edge = op.Add(op.Sub(start, op.Mul(step, half)), half)
         return edge, op.Add(edge, op.Mul(step, count)), inside
 
+    def in_dtype_of(crops: Any, features: Any) -> Any:
+        """Floats come out as they came in, integers as float32."""
+        return op.CastLike(crops, features) if features.dtype.is_floating_point() else op.Cast(crops, to=_FLOAT)
+
     def crops(
         features: Any,
         boxes: Any,
@@ -75,14 +79,18 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         if batch_indices.dtype.is_floating_point():  # a column of the boxes
             batch_indices = op.Round(batch_indices)
         indices = op.Cast(batch_indices, to=_INT64)
-        if not features.dtype.is_floating_point():
-            features = op.Cast(features, to=_FLOAT)
+        # As in eager mode: positions in float32, or float64 where boxes or features are; sums so for the features.
+        is_double = [array.dtype == _DOUBLE for array in (features, boxes)]
+        wide = is_double[1] or (is_double[0] and dialect != Dialect.CROP_AND_RESIZE)
+        boxes = op.Cast(boxes, to=_DOUBLE if wide else _FLOAT)
+        stored = features
+        features = op.Cast(features, to=_DOUBLE if wide or is_double[0] else _FLOAT)
         size = op.Shape(features)
         options = {"output_height": bins[0], "output_width": bins[1], "mode": "avg"}
         if dialect == Dialect.ROI_ALIGN:
             order = [columns[i] for i in (1, 0, 3, 2)]
             rois = op.CastLike(op.Gather(boxes, op.Constant(value_ints=order), axis=1), features)
-            return op.RoiAlign(
+            averages = op.RoiAlign(
                 features,
                 rois,
                 indices,
@@ -91,6 +99,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
                 spatial_scale=spatial_scale,
                 **options,
             )
+            return in_dtype_of(averages, stored)
         y = along(boxes, op.Gather(size, op.Constant(value_ints=[2])), 0, Dialect(dialect), bins[0], columns)
         x = along(boxes, op.Gather(size, op.Constant(value_ints=[3])), 1, Dialect(dialect), bins[1], columns)
         rois = op.CastLike(op.Concat(x[0], y[0], x[1], y[1], axis=1), features)
@@ -106,6 +115,6 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         rows, places = (op.Unsqueeze(a, op.Constant(value_ints=axes)) for a, axes in ((y[2], [1, 3]), (x[2], [1, 2])))
         inside = op.And(rows, places)
         value = op.CastLike(op.Constant(value_float=extrapolation_value), features)
-        return op.Where(inside, made, value)
+        return in_dtype_of(op.Where(inside, made, value), stored)
 
     return {torch.ops.cupy_roialign.crops.default: crops}

@@ -119,6 +119,7 @@ def test_transforms_in_a_graph_are_refused_and_not_wrong():
         torch.func.linearize(lambda b: FUNCTIONS["roi_crop"](f, b).sum(), b)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
 def test_tracers_record_the_operator():
     """And not the crops of the inputs that they were shown."""
     f, b = (tensor.detach() for tensor in inputs())
