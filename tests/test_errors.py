@@ -256,7 +256,8 @@ class OnGpu:
 
 def test_arrays_on_a_gpu():
     with pytest.raises(
-        TypeError, match=r"features must be in the CPU's memory, or a CuPy array; got .*OnGpu on GPU 1; copy it"
+        TypeError,
+        match=r"features must be in the CPU's memory, a CuPy array or a CUDA tensor; got .*OnGpu on GPU 1; copy it",
     ):
         cr.roi_crop(OnGpu(1), OnGpu(1), OnGpu(1), 2)
     with pytest.raises(TypeError, match=r"OnGpu on GPU 0 and .*OnGpu on GPU 1"):
