@@ -7,9 +7,10 @@ goes to the device of the arrays and to the library's current stream there. Noth
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,34 +22,44 @@ MOST_BLOCKS = 2**31 - 1  # of a launch
 TILE = 8  # a side of what a block works on: of bins, or of pixels in the gradient to features
 
 
-class GpuBackend:
+class _Inputs(NamedTuple):
+    """Arrays, and not their addresses: what was converted must live until the kernel is launched."""
+
+    planes: Any  # the features or their gradient
+    crops: Any  # the crops or their gradient
+    boxes: Any
+    batch_indices: Any
+    directions: Sequence[Any]
+
+
+class GpuBackend(abc.ABC):
     """The names and signatures of numpy_backend.py."""
 
     # ---- a library's arrays ----
 
+    @abc.abstractmethod
     def on(self, array: Any) -> contextlib.AbstractContextManager[object]:
         """Within it, launches go to the array's device and the library's current stream there."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def place(self, array: Any) -> tuple[int, tuple[int, ...]]:
         """The address of the first element, and the strides in elements."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def cast(self, array: Any, dtype: str) -> Any:
         """The array in a dtype; itself if it has that."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def empty(self, shape: tuple[int, ...], dtype: str, beside: Any) -> Any:
         """A new array on the device of `beside`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def moved(self, array: Any, axes: tuple[int, ...]) -> Any:
         """A view with other axes."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def host(self, array: Any) -> np.ndarray:
         """A copy in the CPU's memory."""
-        raise NotImplementedError
 
     # ---- the operators ----
 
@@ -66,8 +77,8 @@ class GpuBackend:
             output = self._allocate((len(boxes), features.shape[1], *rule.bins), dtype, features, features)
             blocks, area = _tiles(rule.bins)
             blocks *= len(boxes)
-            at_work = (features, output, boxes, batch_indices, output)
-            self._launch("forward", blocks, area, at_work, rule, directions)
+            inputs = self._inputs(features, output, boxes, batch_indices, directions)
+            self._launch("forward", blocks, area, inputs, output, rule)
             return output
 
     def feature_gradient(
@@ -90,10 +101,10 @@ class GpuBackend:
             grad = self._readable(grad_output, dtype)
             blocks, area = _tiles(tuple(features.shape[2:]))
             blocks *= features.shape[0]
-            inputs = (gradient, grad, boxes, batch_indices)
+            inputs = self._inputs(gradient, grad, boxes, batch_indices, directions)
             reaches = self.empty((len(boxes), 3), "int64", grad_output)  # room for `Reach`
-            self._launch("reach", -(-len(boxes) // THREADS), 0, (*inputs, reaches), rule, ())
-            self._launch("feature_gradient", blocks, area, (*inputs, gradient), rule, directions, reaches)
+            self._launch("reach", -(-len(boxes) // THREADS), 0, inputs, reaches, rule)
+            self._launch("feature_gradient", blocks, area, inputs, gradient, rule, reaches)
             return gradient
 
     def box_gradient(
@@ -113,38 +124,38 @@ class GpuBackend:
             features = self._known(features)
             grad = self._readable(grad_output, arrays.dtype_name(features))
             gradient = self.empty(tuple(boxes.shape), kernels.box_name(arrays.dtype_name(boxes)), features)
-            at_work = (features, grad, boxes, batch_indices, gradient)
-            self._launch("box_gradient", len(boxes), 0, at_work, rule, directions)
+            inputs = self._inputs(features, grad, boxes, batch_indices, directions)
+            self._launch("box_gradient", len(boxes), 0, inputs, gradient, rule)
             return self.cast(gradient, arrays.dtype_name(boxes))
+
+    def _inputs(self, planes: Any, crops: Any, boxes: Any, batch_indices: Any, directions: Sequence[Any]) -> _Inputs:
+        """In the dtypes that kernels read."""
+        if checks.wanted():
+            validation.whole_indices(self.host(batch_indices), planes.shape[0])
+        box_dtype = kernels.box_name(arrays.dtype_name(boxes))
+        if arrays.dtype_name(batch_indices) in arrays.FLOATS:
+            batch_indices = self.cast(batch_indices, box_dtype)
+        boxes, *directions = (self.cast(rows, box_dtype) for rows in (boxes, *directions))
+        return _Inputs(planes, crops, boxes, batch_indices, directions)
 
     def _launch(
         self,
         name: str,
         blocks: int,
         area: int,
-        at_work: tuple[Any, Any, Any, Any, Any],
+        inputs: _Inputs,
+        result: Any,
         rule: geometry.Rule,
-        directions: Sequence[Any],
         workspace: Any = None,
     ) -> None:
-        """Runs a kernel over `blocks` tiles of `area` outputs for each channel; 0: a block takes all channels.
-
-        `at_work`: the features or their gradient, the crops or their gradient, boxes, batch indices, and the result.
-        """
-        planes, crops, boxes, batch_indices, result = at_work
-        if checks.wanted():
-            validation.whole_indices(self.host(batch_indices), planes.shape[0])
-        box_dtype = kernels.box_name(arrays.dtype_name(boxes))
-        boxes, *directions = (self.cast(rows, box_dtype) for rows in (boxes, *directions))
-        if arrays.dtype_name(batch_indices) in arrays.FLOATS:
-            batch_indices = self.cast(batch_indices, box_dtype)
-        channels = planes.shape[1]
+        """Runs a kernel over `blocks` tiles of `area` outputs for each channel; 0: a block takes all channels."""
+        channels = inputs.planes.shape[1]
         at_once = max(1, min(channels, OUTPUTS // area)) if area else channels
         blocks *= -(-channels // at_once) if area else 1
         if blocks == 0:
             return
-        views = [self.view(array) for array in (planes, crops, boxes, batch_indices, result)]
-        changes = [self.view(array) for array in directions]
+        views = [self.view(array) for array in (*inputs[:4], result)]
+        changes = [self.view(array) for array in inputs.directions]
         pointer = 0 if workspace is None else self.place(workspace)[0]
         kernel = kernels.kernel(name, types_of(views[0], views[1], views[2], rule))
         for first in range(0, blocks, MOST_BLOCKS):
