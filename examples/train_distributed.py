@@ -92,6 +92,7 @@ def main() -> None:
         if options.save:
             torch.save({"weights": detector.state_dict(), "losses": losses}, options.save)
     if processes > 1:
+        torch.distributed.barrier()  # no process takes its end of the connections down while another is at work
         torch.distributed.destroy_process_group()
 
 
