@@ -2,7 +2,16 @@
 
 from cupy_roialign.checks import checked
 from cupy_roialign.operators import crop_and_resize, roi_align, roi_crop, vjp
+from cupy_roialign.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
-__all__ = ["checked", "crop_and_resize", "roi_align", "roi_crop", "vjp"]
+__all__ = [
+    "checked",
+    "crop_and_resize",
+    "get_num_threads",
+    "roi_align",
+    "roi_crop",
+    "set_num_threads",
+    "vjp",
+]

@@ -65,7 +65,7 @@ class Axis(NamedTuple):
     start_slope: tuple[float, float]  # d start / d (lo, hi)
     bin_slope: tuple[np.ndarray, np.ndarray]  # d bin / d (lo, hi), each (K,)
 
-    def of(self, boxes: slice) -> Axis:
+    def of(self, boxes: slice | np.ndarray) -> Axis:
         """Some of the boxes."""
         bin_slope = (self.bin_slope[0][boxes], self.bin_slope[1][boxes])
         return Axis(self.start[boxes], self.bin[boxes], self.samples[boxes], self.start_slope, bin_slope)
@@ -214,6 +214,14 @@ def inside_samples(rule: Rule, axis: Axis, part: Part, size: int) -> Samples:
     row, index, position = row[inside], index[inside], position[inside]
     box, bin_ = np.divmod(row, bins)
     return Samples(box, bin_ + part.bins.start, index, *_taps(rule, position, size))
+
+
+def most_samples(rule: Rule, axis: Axis, bins: int, size: int) -> np.ndarray:
+    """(K,) float64: about how many samples of a box `inside_samples` tries at most."""
+    samples = bins * axis.samples.astype(np.float64)
+    if rule.sampling_ratio == 0:  # at most about two samples a pixel lie inside
+        samples = np.minimum(samples, 2 * size + bins * EVERY_SAMPLE)
+    return samples
 
 
 def sample_range(rule: Rule, axis: Axis, bin: int, size: int) -> range:

@@ -1,8 +1,7 @@
 """The CPU: an operator and its two gradients on NumPy arrays.
 
-A box's window of the features is resampled along one axis and then along the other, by small matrix products
-for all channels at once. Features are read where they lie if BLAS can; otherwise the part that boxes touch is
-copied into a layout that it can read, as many channels at a time as the workspace holds.
+Boxes are worked on by one of two ways: all of them as one sparse matrix, where SciPy is installed (numpy_sparse.py),
+or one by one by small dense matrices (numpy_dense.py).
 
 Shapes and dtypes have been checked (validation.py).
 """
@@ -10,26 +9,15 @@ Shapes and dtypes have been checked (validation.py).
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from cupy_roialign import arrays, geometry, validation
-from cupy_roialign.numpy_weights import AxisWeights, Block, Pixels
-
-WORKSPACE = 64 * 2**20
-"""Bytes that a copy of features may take, and as many the weights of the boxes at work, and a crop."""
-
-PIXELS_AT_ONCE = 256
-"""Pixels on their way to planes that lie in a small buffer."""
-
-FEW_CHANNELS = 16
-"""Below, an image is worked on as planes, (C, H, W); from here on as pixels, (H, W, C)."""
+from cupy_roialign import arrays, geometry, numpy_dense, validation
+from cupy_roialign.numpy_job import Job
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Product = Callable[[np.ndarray, int, np.ndarray], np.ndarray]
 
 
 def _quietly(function: Function) -> Function:
@@ -64,34 +52,12 @@ def forward(
 
     With `directions`, up to two changes of the boxes and like them in shape: the derivative of the crops along them.
     """
-    boxes, batch_indices = _numbers(features, boxes, batch_indices, rule)
+    job = _job(features, boxes, batch_indices, rule, directions)
     output = _allocate(np.empty, features, (len(boxes), features.shape[1], *rule.bins), _output_dtype(features))
-    if output.size == 0:
-        return output
-    layout = _Layout.of(features)
-    for chunk in _Plan(features, boxes, batch_indices, rule, directions).chunks():
-        target = chunk.of(output)
-        if chunk.is_first:
-            target[chunk.empty] = 0
-        if chunk.is_part and chunk.is_first:
-            total = np.zeros(target.shape[1:], _compute_dtype(features))
-        for piece in chunk.pieces:
-            source = _Source(features, layout, piece)
-            for box in piece.boxes:
-                window = source.level_window(box) if directions else source.window(box)
-                crop = _resample(window, source.dtype, box.terms, layout.axes, _product)
-                if not _is_finite(crop):
-                    crop = _resample(window, source.dtype, box.terms, layout.axes, _exact_product)
-                if chunk.is_part:
-                    so_far = layout.view(total[piece.channels])
-                    so_far += crop
-                    crop = so_far
-                _write(layout.view(target[box.number, piece.channels]), crop)
-        if rule.extrapolation_value != 0 and not directions:
-            value = np.array(rule.extrapolation_value).astype(output.dtype)
-            for index, outside in chunk.outside():
-                np.copyto(target[index], value, where=outside)
-    output[~geometry.finite_boxes(rule, boxes)] = np.nan
+    if output.size:
+        for way, numbers in _ways(job):
+            way.forward(job, numbers, features, output)
+        output[~geometry.finite_boxes(rule, job.boxes)] = np.nan
     return output
 
 
@@ -109,25 +75,12 @@ def feature_gradient(
     With `directions` that of the derivative of the crops along them. Boxes are added one after another: the result is
     the same, to the bit, each time.
     """
-    boxes, batch_indices = _numbers(features, boxes, batch_indices, rule)
-    total = _allocate(np.zeros, features, features.shape, _compute_dtype(features))
+    job = _job(features, boxes, batch_indices, rule, directions)
+    total = _allocate(np.zeros, features, features.shape, job.dtype)
     if grad_output.size and total.size:
-        layout = _Layout.of(total)
-        begun: dict[int, int] = {}  # images, and the chunk that came to them first
-        for number, chunk in enumerate(_Plan(total, boxes, batch_indices, rule, directions).chunks()):
-            grads = chunk.of(grad_output)
-            for piece in chunk.pieces:
-                target = layout.view(total[piece.image, piece.channels])[piece.window]
-                part = target if _blas_reads(target) else np.zeros(target.shape, total.dtype)
-                for box in piece.boxes:
-                    grad = layout.view(grads[box.number, piece.channels]).astype(total.dtype, copy=False)
-                    product = _product if _is_finite(grad) else _exact_product
-                    for blocks in box.terms:
-                        _add_spread(part, grad, box.pixels, blocks, layout, product)
-                if part is not target:
-                    if begun.setdefault(piece.image, number) != number:
-                        part += target
-                    _write(target, part)
+        begun: set[int] = set()
+        for way, numbers in _ways(job):
+            way.feature_gradient(job, numbers, grad_output, total, begun)
     return total.astype(_output_dtype(features), copy=False)
 
 
@@ -144,50 +97,59 @@ def box_gradient(
 
     With `directions` that of the derivative of the crops along them.
     """
-    dtype = boxes.dtype
-    boxes, batch_indices = _numbers(features, boxes, batch_indices, rule)
+    job = _job(features, boxes, batch_indices, rule, directions)
     gradient = np.zeros(boxes.shape, np.float64)
     if grad_output.size and not rule.nearest:
-        layout = _Layout.of(features)
-        for chunk in _Plan(features, boxes, batch_indices, rule, directions).chunks():
-            grads = chunk.of(grad_output)
-            flats = [np.zeros_like(weights.flat) for weights in chunk.weights]
-            slopes = [weights.blocks(flat) for weights, flat in zip(chunk.weights, flats, strict=True)]
-            for piece in chunk.pieces:
-                source = _Source(features, layout, piece)
-                for box in piece.boxes:
-                    window = source.level_window(box)
-                    grad = layout.view(grads[box.number, piece.channels]).astype(source.dtype, copy=False)
-                    for axis, others in box.partners(directions):
-                        _add_weight_gradient(slopes[axis][box.place], axis, grad, window, others, layout.axes)
-            for axis in (0, 1):
-                of_start, of_bin = chunk.weights[axis].position_gradient(flats[axis])
-                low, high = chunk.axes[axis].edge_gradient(of_start, of_bin)
-                gradient[chunk.boxes, rule.columns[axis]] += low
-                gradient[chunk.boxes, rule.columns[axis + 2]] += high
-    gradient[np.ix_(~geometry.finite_boxes(rule, boxes), np.array(rule.columns))] = np.nan
-    return gradient.astype(dtype.newbyteorder("="), copy=False)
+        for way, numbers in _ways(job):
+            way.box_gradient(job, numbers, grad_output, features, gradient)
+    gradient[np.ix_(~geometry.finite_boxes(rule, job.boxes), np.array(rule.columns))] = np.nan
+    return gradient.astype(boxes.dtype.newbyteorder("="), copy=False)
 
 
-# ---- memory ----
+FEW_CHANNELS = 16
+"""Below, a row of channels is too short to be worth an entry of a sparse matrix."""
 
 
-def _numbers(
-    features: np.ndarray | arrays.Like, boxes: np.ndarray, batch_indices: np.ndarray, rule: geometry.Rule
-) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes in the precision of positions, and batch indices that are in range."""
+def _ways(job: Job) -> Iterator[tuple[Any, np.ndarray]]:
+    """How to work on which boxes."""
+    numbers = np.arange(len(job.boxes))
+    sparse = _sparse() if job.shape[1] >= FEW_CHANNELS else None
+    if sparse is None:
+        yield numpy_dense, numbers
+        return
+    suited = sparse.suits(job)
+    yield sparse, numbers[suited]
+    if not suited.all():
+        yield numpy_dense, numbers[~suited]
+
+
+@functools.cache
+def _sparse() -> Any:
+    """numpy_sparse.py, imported where there is use for it: that takes SciPy longer than NumPy."""
+    try:
+        from cupy_roialign import numpy_sparse
+    except ImportError:  # SciPy is not installed, or not for this NumPy
+        return None
+    return numpy_sparse
+
+
+def _job(
+    features: np.ndarray | arrays.Like,
+    boxes: np.ndarray,
+    batch_indices: np.ndarray,
+    rule: geometry.Rule,
+    directions: Sequence[np.ndarray],
+) -> Job:
+    dtype = np.dtype(arrays.compute_name(arrays.dtype_name(features)))
     precision = geometry.precision(rule, arrays.dtype_name(features), arrays.dtype_name(boxes))
-    return boxes.astype(precision, copy=False), validation.whole_indices(batch_indices, features.shape[0])
+    indices = validation.whole_indices(batch_indices, features.shape[0])
+    return Job(tuple(features.shape), dtype, boxes.astype(precision, copy=False), indices, rule, directions)
 
 
 def _output_dtype(features: np.ndarray | arrays.Like) -> np.dtype:
     name = arrays.output_name(arrays.dtype_name(features))
     # bfloat16 is known to NumPy only as the dtype that the features bring along
     return np.dtype(features.dtype if name == "bfloat16" else name)
-
-
-def _compute_dtype(features: np.ndarray | arrays.Like) -> np.dtype:
-    return np.dtype(arrays.compute_name(arrays.dtype_name(features)))
 
 
 def _allocate(
@@ -198,406 +160,3 @@ def _allocate(
         count, channels, height, width = shape
         return new((count, height, width, channels), dtype).transpose(0, 3, 1, 2)
     return new(shape, dtype)
-
-
-def _blas_reads(view: np.ndarray) -> bool:
-    """Whether matrix products take the last two axes of `view` as they lie."""
-    rows, columns = view.strides[-2:]
-    native = view.flags.aligned and view.dtype.isnative
-    return native and columns == view.itemsize and rows >= view.shape[-1] * view.itemsize
-
-
-def _is_finite(values: np.ndarray) -> bool:
-    """Whether all is finite. False for some huge finite values too, which then only take the slower way."""
-    flat = values.ravel(order="K")
-    return math.isfinite(flat.dot(flat))
-
-
-def _write(target: np.ndarray, values: np.ndarray) -> None:
-    """target[...] = values, for (h, w, C) whose pixels may lie as planes in `target`.
-
-    From pixels to planes a plain copy reads with a stride, and where that is a multiple of a large power of two, all
-    it reads falls on one place in the cache. So pixels go through a small buffer with another stride.
-    """
-    channels = values.shape[-1]
-    if target.strides[-1] == target.itemsize or channels < FEW_CHANNELS:
-        target[...] = values
-        return
-    if target.strides[0] == target.strides[1] * target.shape[1]:  # rows follow each other, as in a crop
-        target, values = (a.reshape(1, -1, channels) for a in (target, values))
-    rows, columns = target.shape[:2]
-    buffer = np.empty((min(columns, PIXELS_AT_ONCE), channels + 16), values.dtype)
-    for row in range(rows):
-        for start in range(0, columns, PIXELS_AT_ONCE):
-            pixels = values[row, start : start + PIXELS_AT_ONCE]
-            passed = buffer[: len(pixels), :channels]
-            passed[...] = pixels
-            target[row, start : start + PIXELS_AT_ONCE] = passed
-
-
-class _Layout(NamedTuple):
-    """How an image, (C, H, W), is worked on: its order of axes, and where y and x are in that."""
-
-    order: tuple[int, int, int]
-    axes: tuple[int, int]
-
-    @staticmethod
-    def of(features: np.ndarray) -> _Layout:
-        return _Layout((0, 1, 2), (1, 2)) if features.shape[1] < FEW_CHANNELS else _Layout((1, 2, 0), (0, 1))
-
-    def view(self, image: np.ndarray) -> np.ndarray:
-        return image.transpose(self.order)
-
-    def at(self, pixels: Sequence[Pixels]) -> tuple[Any, ...]:
-        """An index of a view, for some rows and columns."""
-        y, x = pixels
-        if isinstance(y, np.ndarray) and isinstance(x, np.ndarray):
-            y = y[:, None]
-        return (*(slice(None),) * self.axes[0], y, x)
-
-
-class _Source:
-    """Windows of some channels of one image, as matrix products take them."""
-
-    def __init__(self, features: np.ndarray, layout: _Layout, piece: _Piece):
-        view = layout.view(features[piece.image, piece.channels])
-        self.layout = layout
-        self.dtype = _compute_dtype(view)
-        self.base = view[piece.window]
-        self.ready = view.dtype == self.dtype and _blas_reads(view)
-        if piece.crowded and not self.ready and self.base.size * self.dtype.itemsize <= WORKSPACE:
-            self.base = np.ascontiguousarray(self.base, self.dtype)
-            self.ready = True
-
-    def window(self, box: _Box) -> np.ndarray:
-        """The pixels of a box; as they are where they would not fit the workspace."""
-        window = self.base[self.layout.at(box.pixels)]
-        if self.ready or window.size * self.dtype.itemsize > WORKSPACE:
-            return window
-        return np.ascontiguousarray(window, self.dtype)
-
-    def level_window(self, box: _Box) -> np.ndarray:
-        """The same, less one pixel of it: slopes are the same, and small against less of an offset."""
-        window = self.window(box)
-        if window.dtype != self.dtype:
-            return window
-        pixel = window[self.layout.at((slice(0, 1), slice(0, 1)))]
-        return window - np.where(np.isfinite(pixel), pixel, 0)
-
-
-# ---- the plan ----
-
-
-Blocks = tuple[list[Block], list[Block]]
-"""A box's weights along y and x, or their changes."""
-
-
-class _Box(NamedTuple):
-    """A box at work."""
-
-    number: int  # in the caller's boxes
-    place: int  # in the chunk
-    pixels: tuple[Pixels, Pixels]  # its rows and columns in the piece's window
-    terms: list[Blocks]  # what is to be added up; without directions only its weights
-
-    def partners(self, directions: Sequence[np.ndarray]) -> Iterator[tuple[int, list[Block]]]:
-        """The axes, along which weights have yet to change, and the weights along the other axis."""
-        for taken, blocks in zip(geometry.terms(len(directions)), self.terms, strict=True):
-            for axis in (0, 1):
-                if taken[axis] is None:
-                    yield axis, blocks[1 - axis]
-
-
-class _Piece(NamedTuple):
-    """The boxes of a chunk that lie in one image, and some of the channels."""
-
-    image: int
-    channels: slice
-    window: tuple[slice, ...]  # the part of the image that they touch, as an index
-    crowded: bool  # they touch more pixels, each on its own, than that part has
-    boxes: list[_Box]
-
-
-class _Chunk(NamedTuple):
-    """Boxes whose weights are in memory together, sorted by image; or a part of one that is too large for that."""
-
-    boxes: np.ndarray
-    axes: list[geometry.Axis]
-    weights: list[AxisWeights]
-    pieces: list[_Piece]
-    empty: np.ndarray  # those boxes that touch no pixel
-    is_part: bool = False
-    is_first: bool = True  # part of these bins
-
-    def of(self, crops: np.ndarray) -> np.ndarray:
-        """(K, C, bins_y, bins_x) those bins of all crops that are at work."""
-        y, x = (slice(weights.bins.start, weights.bins.stop) for weights in self.weights)
-        return crops[:, :, y, x]
-
-    def outside(self) -> Iterator[tuple[int, np.ndarray]]:
-        """The boxes with samples outside of the image, and which: (bins_y, bins_x) bool. For one sample a bin."""
-        inside_y, inside_x = (weights.inside() for weights in self.weights)
-        partly = ~(inside_y.all(axis=1) & inside_x.all(axis=1))
-        for place in np.flatnonzero(partly).tolist():
-            yield int(self.boxes[place]), ~(inside_y[place][:, None] & inside_x[place])
-
-
-class _Plan(NamedTuple):
-    """All that is to be done."""
-
-    array: np.ndarray  # the features or their gradient
-    boxes: np.ndarray
-    batch_indices: np.ndarray
-    rule: geometry.Rule
-    directions: Sequence[np.ndarray]
-
-    @property
-    def dtype(self) -> np.dtype:
-        return _compute_dtype(self.array)
-
-    def chunks(self) -> Iterator[_Chunk]:
-        """All boxes, as many at a time as the workspace holds the weights of."""
-        rule, sizes = self.rule, self.array.shape[2:]
-        order = np.argsort(self.batch_indices, kind="stable")
-        axes = [geometry.resolve(rule, self.boxes[order], axis, sizes[axis]) for axis in (0, 1)]
-        along_y, along_x = (AxisWeights.estimate_bytes(rule, axes[a], rule.bins[a], sizes[a]) for a in (0, 1))
-        cost = (along_y + along_x) * (1 + len(self.directions))
-        if self.array.shape[1] * math.prod(rule.bins) * self.dtype.itemsize > WORKSPACE:
-            cost[:] = math.inf
-        ends = np.cumsum(np.minimum(cost, 2 * WORKSPACE))
-        start = 0
-        while start < len(order):
-            limit = WORKSPACE + (ends[start - 1] if start else 0)
-            some = slice(start, max(start + 1, int(np.searchsorted(ends, limit))))
-            chosen, part = order[some], [axis.of(some) for axis in axes]
-            if cost[start] <= WORKSPACE:
-                whole = [geometry.Part(range(bins)) for bins in rule.bins]
-                yield self._chunk(chosen, part, [self._weights(part, axis, whole[axis]) for axis in (0, 1)])
-            else:
-                yield from self._cut(chosen, part)
-            start = some.stop
-
-    def _weights(self, axes: list[geometry.Axis], axis: int, part: geometry.Part) -> AxisWeights:
-        return AxisWeights(self.rule, axes[axis], part, self.array.shape[2 + axis], self.dtype)
-
-    def _cut(self, chosen: np.ndarray, axes: list[geometry.Axis]) -> Iterator[_Chunk]:
-        """One box, in parts that the workspace holds; the parts of the same bins one after another."""
-        bins, limit = self.rule.bins, WORKSPACE / 2 / (1 + len(self.directions))
-        numbers_at_once = max(1, WORKSPACE // (self.array.shape[1] * self.dtype.itemsize))  # of each channel
-        rows = max(1, min(bins[0], numbers_at_once // bins[1]))
-        at_most = (rows, max(1, numbers_at_once // rows))
-
-        def parts(axis: int) -> Iterator[list[geometry.Part]]:
-            size = self.array.shape[2 + axis]
-            return AxisWeights.cut(self.rule, axes[axis], bins[axis], size, at_most[axis], limit)
-
-        for parts_y in parts(0):
-            for parts_x in parts(1):
-                is_first = True
-                for y in parts_y:
-                    along_y = self._weights(axes, 0, y)
-                    for x in parts_x:
-                        chunk = self._chunk(chosen, axes, [along_y, self._weights(axes, 1, x)])
-                        yield chunk._replace(is_part=True, is_first=is_first)
-                        is_first = False
-
-    def _chunk(self, chosen: np.ndarray, axes: list[geometry.Axis], weights: list[AxisWeights]) -> _Chunk:
-        layout, images = _Layout.of(self.array), self.batch_indices[chosen]
-        touches = (weights[0].counts > 0) & (weights[1].counts > 0)
-        terms = self._terms(chosen, axes, weights)
-        pieces = []
-        active = np.flatnonzero(touches)
-        borders = np.flatnonzero(np.diff(images[active], prepend=-1)) if active.size else active
-        for places in np.split(active, borders[1:]):
-            if not places.size:
-                continue
-            image = int(images[places[0]])
-            low = [int(w.first[places].min()) for w in weights]
-            high = [int(w.stop[places].max()) for w in weights]
-            window = layout.at([slice(a, b) for a, b in zip(low, high, strict=True)])
-            area = (high[0] - low[0]) * (high[1] - low[1])
-            members = [
-                _Box(
-                    number,
-                    place,
-                    (weights[0].pixels(place, low[0]), weights[1].pixels(place, low[1])),
-                    [(along_y[place], along_x[place]) for along_y, along_x in terms],
-                )
-                for number, place in zip(chosen[places].tolist(), places.tolist(), strict=True)
-            ]
-            crowded = int((weights[0].counts[places] * weights[1].counts[places]).sum()) >= area
-            at_once = max(1, WORKSPACE // (area * self.dtype.itemsize))
-            for start in range(0, self.array.shape[1], at_once):
-                pieces.append(_Piece(image, slice(start, start + at_once), window, crowded, members))
-        return _Chunk(chosen, axes, weights, pieces, chosen[~touches])
-
-    def _terms(
-        self, chosen: np.ndarray, axes: list[geometry.Axis], weights: list[AxisWeights]
-    ) -> list[tuple[list[list[Block]], list[list[Block]]]]:
-        """For each term the matrices of all boxes along y and x."""
-
-        @functools.cache
-        def blocks(axis: int, direction: int | None) -> list[list[Block]]:
-            flat = weights[axis].flat
-            if direction is not None:
-                edges = [self.directions[direction][chosen, self.rule.columns[c]] for c in (axis, axis + 2)]
-                flat = weights[axis].change(*axes[axis].change(edges[0], edges[1]))
-            return weights[axis].blocks(flat)
-
-        return [(blocks(0, y), blocks(1, x)) for y, x in geometry.terms(len(self.directions))]
-
-
-# ---- the arithmetic ----
-
-
-def _product(values: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
-    """`matrix` (m, n) times `values` (..., n, ...) along `axis`, which gets m entries."""
-    lead, trail = values.shape[:axis], values.shape[axis + 1 :]
-    if trail:
-        flat = values.reshape(*lead, values.shape[axis], math.prod(trail))
-        return (matrix @ flat).reshape(*lead, len(matrix), *trail)
-    return (values.reshape(math.prod(lead), values.shape[axis]) @ matrix.T).reshape(*lead, len(matrix))
-
-
-def _exact_product(values: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
-    """The same for values that hold NaN or infinities: these reach only where their weight is not 0.
-
-    A plain product would spread them over all that it computes, since 0 * NaN is NaN.
-    """
-    total = _product(np.where(np.isfinite(values), values, 0), axis, matrix)
-
-    def reached(where: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        found: np.ndarray = _product(where.astype(matrix.dtype), axis, weights.astype(matrix.dtype)) > 0
-        return found
-
-    up, down = np.isposinf(values), np.isneginf(values)
-    total[reached(up, matrix > 0) | reached(down, matrix < 0)] += np.inf
-    total[reached(up, matrix < 0) | reached(down, matrix > 0)] -= np.inf
-    total[reached(np.isnan(values), matrix != 0)] = np.nan
-    return total
-
-
-def _resample(
-    window: np.ndarray, dtype: np.dtype, terms: list[Blocks], axes: tuple[int, int], product: Product
-) -> np.ndarray:
-    """The crop of a window: Wy X Wx^T, or a sum of such."""
-    crops = []
-    for blocks in terms:
-        first, second = _order(window.shape, blocks, axes)
-        lines = _resample_window(window, dtype, first, blocks[first], axes, product)
-        crops.append(_resample_axis(lines, axes[second], blocks[second], product))
-    return crops[0] if len(crops) == 1 else sum(crops[1:], crops[0])
-
-
-def _resample_window(
-    window: np.ndarray, dtype: np.dtype, axis: int, blocks: list[Block], axes: tuple[int, int], product: Product
-) -> np.ndarray:
-    """A window resampled along y (0) or x (1); in strips, if it is one that is still to be converted."""
-    if window.dtype == dtype and _blas_reads(window):
-        return _resample_axis(window, axes[axis], blocks, product)
-    across = axes[1 - axis]
-    parts = [
-        _resample_axis(np.ascontiguousarray(window[_at(across, strip)], dtype), axes[axis], blocks, product)
-        for strip in _strips(window.shape[across], window.size * dtype.itemsize)
-    ]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, across)
-
-
-def _strips(width: int, nbytes: int) -> Iterator[slice]:
-    """Cuts a width, over which so many bytes lie, into parts that the workspace holds."""
-    step = max(1, WORKSPACE * width // max(nbytes, 1))
-    for start in range(0, width, step):
-        yield slice(start, min(start + step, width))
-
-
-def _order(shape: tuple[int, ...], blocks: Blocks, axes: tuple[int, int]) -> tuple[int, int]:
-    """Which of y (0) and x (1) to resample first: the one whose result is the smaller.
-
-    If in doubt, the one in the middle of the layout: its products read whole rows as they lie. What lies between
-    the two products is thus never much larger than both the window and the crop.
-    """
-    bins = [along[-1].bins.stop for along in blocks]
-    between = [bins[axis] * shape[axes[1 - axis]] for axis in (0, 1)]
-    first = axes.index(1)
-    if between[first] > 2 * between[1 - first]:
-        first = 1 - first
-    return (first, 1 - first)
-
-
-def _resample_axis(values: np.ndarray, axis: int, blocks: list[Block], product: Product) -> np.ndarray:
-    if len(blocks) == 1:
-        return product(values, axis, blocks[0].matrix)
-    parts = [product(values[_at(axis, block.pixels)], axis, block.matrix) for block in blocks]
-    return np.concatenate(parts, axis)
-
-
-def _add_spread(
-    target: np.ndarray,
-    grad: np.ndarray,
-    box: tuple[Pixels, Pixels],
-    blocks: Blocks,
-    layout: _Layout,
-    product: Product,
-) -> None:
-    """Adds the gradient to a box's pixels from that to its crop, Wy^T G Wx; in strips, if it is a large one."""
-    axes = layout.axes
-    shape = [_length(pixels) for pixels in box]
-    window = list(grad.shape)
-    window[axes[0]], window[axes[1]] = shape
-    second, first = _order(tuple(window), blocks, axes)
-    lines = _spread_axis(grad, axes[first], shape[first], blocks[first], product)
-    pixels = list(box)
-    for strip in _strips(shape[first], math.prod(window) * grad.itemsize):
-        pixels[first] = _part(box[first], strip)
-        part = _spread_axis(lines[_at(axes[first], strip)], axes[second], shape[second], blocks[second], product)
-        target[layout.at(pixels)] += part
-
-
-def _spread_axis(values: np.ndarray, axis: int, length: int, blocks: list[Block], product: Product) -> np.ndarray:
-    """The transpose of `_resample_axis`."""
-    if len(blocks) == 1:
-        return product(values, axis, blocks[0].matrix.T)
-    shape = list(values.shape)
-    shape[axis] = length
-    total = np.zeros(shape, values.dtype)
-    for block in blocks:
-        total[_at(axis, block.pixels)] += product(values[_at(axis, block.bins)], axis, block.matrix.T)
-    return total
-
-
-def _add_weight_gradient(
-    slopes: list[Block], axis: int, grad: np.ndarray, window: np.ndarray, others: list[Block], axes: tuple[int, int]
-) -> None:
-    """Adds the gradient to a box's weights along `axis`: the crop's, against the window resampled along the other."""
-    other = 1 - axis
-    for product in (_product, _exact_product):
-        lines = _resample_window(window, grad.dtype, other, others, axes, product)
-        parts = [_contract(grad[_at(axes[axis], s.bins)], lines[_at(axes[axis], s.pixels)], axes[axis]) for s in slopes]
-        if all(_is_finite(part) for part in parts):
-            break
-    for slope, part in zip(slopes, parts, strict=True):
-        slope.matrix[...] += part
-
-
-def _contract(left: np.ndarray, right: np.ndarray, axis: int) -> np.ndarray:
-    """The sum of left * right over all axes but `axis`, of which all pairs are taken: (m, n)."""
-    lead, trail = math.prod(left.shape[:axis]), math.prod(left.shape[axis + 1 :])
-    if trail == 1:
-        return left.reshape(lead, left.shape[axis]).T @ right.reshape(lead, right.shape[axis])
-    left = left.reshape(lead, left.shape[axis], trail)
-    right = right.reshape(lead, right.shape[axis], trail)
-    return (left @ right.transpose(0, 2, 1)).sum(axis=0)
-
-
-def _length(pixels: Pixels) -> int:
-    return pixels.stop - pixels.start if isinstance(pixels, slice) else len(pixels)
-
-
-def _part(pixels: Pixels, strip: slice) -> Pixels:
-    if isinstance(pixels, slice):
-        return slice(pixels.start + strip.start, pixels.start + strip.stop)
-    return pixels[strip]
-
-
-def _at(axis: int, part: slice) -> tuple[slice, ...]:
-    return (slice(None),) * axis + (part,)

@@ -26,6 +26,63 @@ class Block(NamedTuple):
     matrix: np.ndarray  # (bins, pixels)
 
 
+class Taps:
+    """One axis of K boxes: their samples inside the image, each between two pixels that it takes a weight of."""
+
+    def __init__(self, rule: geometry.Rule, axis: geometry.Axis, part: geometry.Part, size: int):
+        samples = geometry.inside_samples(rule, axis, part, size)
+        self.shape = (len(axis.start), len(part.bins))
+        self.bins = part.bins
+        self.box, self.bin = samples.box, samples.bin - part.bins.start  # (S,)
+        self.low, self.high = samples.low, samples.high  # (S,)
+        self.share = 1.0 / axis.samples[self.box]  # (S,) the part that a sample has in its bin
+        self.lever = samples.bin + (samples.number + rule.offset) * self.share  # (S,) d position / d bin
+        fraction = samples.fraction.astype(np.float64)
+        self.weights = ((1 - fraction) * self.share, fraction * self.share)  # of `low` and `high`
+
+    def inside(self) -> np.ndarray:
+        """(K, bins) bool: the bin has a sample inside the image."""
+        seen = np.zeros(self.shape, bool)
+        seen[self.box, self.bin] = True
+        return seen
+
+    def changes(self, of_start: np.ndarray, of_bin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How the weights change, where each box's `start` and `bin` change by so much."""
+        slope = (of_start[self.box] + self.lever * of_bin[self.box]) * self.share
+        return -slope, slope
+
+    def position_gradient(self, at_low: np.ndarray, at_high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(K,) and (K,): the gradients to `start` and `bin` from those to the weights."""
+        slope = (at_high.astype(np.float64) - at_low) * self.share
+        count = self.shape[0]
+        return np.bincount(self.box, slope, count), np.bincount(self.box, slope * self.lever, count)
+
+
+class AxisRows:
+    """The weights of K boxes on one axis as a sparse matrix: a row for each bin, in it the pixels that it touches."""
+
+    def __init__(self, taps: Taps):
+        boxes, bins = taps.shape
+        self.taps = taps
+        row = taps.box * bins + taps.bin
+        left, right = span(row, taps.low, taps.high, boxes * bins)
+        width = right - left
+        begin = np.cumsum(width) - width
+        low, high = begin[row] + taps.low - left[row], begin[row] + taps.high - left[row]
+        touched = np.zeros(int(width.sum()), bool)
+        touched[low] = touched[high] = True
+        rank = np.concatenate([[0], np.cumsum(touched)])
+        self.low, self.high = rank[low], rank[high]  # (S,) places of the taps among the entries
+        self.begin = rank[np.concatenate([begin, [len(touched)]])]  # (K*bins + 1,) of each row among the entries
+        place = np.flatnonzero(touched)
+        self.pixel = place - np.repeat(begin - left, np.diff(self.begin))  # (entries,)
+
+    def values(self, at_low: np.ndarray, at_high: np.ndarray) -> np.ndarray:
+        """(entries,) float64, from a value for each tap; summed in the order of the samples."""
+        places = np.concatenate([self.low, self.high])
+        return np.bincount(places, np.concatenate([at_low, at_high]), len(self.pixel))
+
+
 class AxisWeights:
     """One axis of K boxes: the pixels that each box touches, and its weights on them.
 
@@ -33,21 +90,18 @@ class AxisWeights:
     samples, and no more than the image.
     """
 
-    def __init__(self, rule: geometry.Rule, axis: geometry.Axis, part: geometry.Part, size: int, dtype: np.dtype):
-        count, bins = len(axis.start), len(part.bins)
-        self.bins = part.bins
-        samples = geometry.inside_samples(rule, axis, part, size)
-        self.box, self.bin = samples.box, samples.bin - part.bins.start
-        self.share = 1.0 / axis.samples[self.box]  # (S,) the part that a sample has in its bin
-        self.lever = samples.bin + (samples.number + rule.offset) * self.share  # (S,) d position / d bin
+    def __init__(self, taps: Taps, dtype: np.dtype):
+        count, bins = taps.shape
+        self.taps = taps
+        self.dtype = dtype
 
         # The pixels of each box, and each tap's place among them.
-        self.first, self.stop = _span(self.box, samples.low, samples.high, count)
+        self.first, self.stop = span(taps.box, taps.low, taps.high, count)
         extent = self.stop - self.first
         origin = np.cumsum(extent) - extent
-        shift = (origin - self.first)[self.box]
+        shift = (origin - self.first)[taps.box]
         touched = np.zeros(int(extent.sum()), bool)
-        touched[samples.low + shift] = touched[samples.high + shift] = True
+        touched[taps.low + shift] = touched[taps.high + shift] = True
         rank = np.concatenate([[0], np.cumsum(touched)])
         dense = rank[origin + extent] - rank[origin] >= DENSE * extent
         touched |= np.repeat(dense, extent)
@@ -56,30 +110,27 @@ class AxisWeights:
         pixel = np.flatnonzero(touched) - np.repeat(origin - self.first, end - begin)
         self._pixel, self._dense, self._begin, self._end = pixel, dense.tolist(), begin.tolist(), end.tolist()
         self.counts = end - begin  # (K,) pixels a box
-        low = rank[samples.low + shift] - begin[self.box]
-        high = rank[samples.high + shift] - begin[self.box]
+        low = rank[taps.low + shift] - begin[taps.box]
+        high = rank[taps.high + shift] - begin[taps.box]
 
         # The matrices of all boxes, one after another in one flat array, and each tap's place in it.
         per_box = -(-bins // BLOCK)
-        block = self.box * per_box + self.bin // BLOCK
-        left, right = _span(block, low, high, count * per_box)
+        block = taps.box * per_box + taps.bin // BLOCK
+        left, right = span(block, low, high, count * per_box)
         width = right - left
         heights = np.minimum(BLOCK, bins - BLOCK * np.arange(per_box))
         area = width * np.tile(heights, count)
         base = np.cumsum(area) - area
-        row = base[block] + (self.bin % BLOCK) * width[block] - left[block]
+        row = base[block] + (taps.bin % BLOCK) * width[block] - left[block]
         self.low, self.high, self._size = row + low, row + high, int(area.sum())
         self._spans = [a.reshape(count, per_box).tolist() for a in (left, right, base, base + area)]
         self._bins = [slice(b, min(b + BLOCK, bins)) for b in range(0, bins, BLOCK)]
-        fraction = samples.fraction.astype(np.float64)
-        self.flat = self.scatter((1 - fraction) * self.share, fraction * self.share).astype(dtype, copy=False)
+        self.flat = self.scatter(*taps.weights)
 
     @staticmethod
     def estimate_bytes(rule: geometry.Rule, axis: geometry.Axis, bins: int, size: int) -> np.ndarray:
         """(K,) about how much memory the weights of each box take while they are made."""
-        samples = bins * axis.samples.astype(np.float64)
-        if rule.sampling_ratio == 0:  # at most about two samples a pixel lie inside
-            samples = np.minimum(samples, 2 * size + bins * geometry.EVERY_SAMPLE)
+        samples = geometry.most_samples(rule, axis, bins, size)
         pitch = np.abs(axis.bin.astype(np.float64))
         width, extent = (np.fmin(size, pitch * count + 3) for count in (min(BLOCK, bins), bins))
         return 150 * samples + 24 * bins * width + 20 * extent + 1000
@@ -109,27 +160,10 @@ class AxisWeights:
         pixel = self._pixel[self._begin[box] : self._end[box]] - origin
         return slice(int(pixel[0]), int(pixel[-1]) + 1) if self._dense[box] else pixel
 
-    def inside(self) -> np.ndarray:
-        """(K, bins) bool: the bin has a sample inside the image."""
-        seen = np.zeros((len(self.counts), self._bins[-1].stop), bool)
-        seen[self.box, self.bin] = True
-        return seen
-
-    def position_gradient(self, flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(K,) and (K,): the gradients to `start` and `bin` from those to the weights, laid out as `flat`."""
-        slope = (flat[self.high].astype(np.float64) - flat[self.low]) * self.share
-        count = len(self.counts)
-        return np.bincount(self.box, slope, count), np.bincount(self.box, slope * self.lever, count)
-
-    def change(self, of_start: np.ndarray, of_bin: np.ndarray) -> np.ndarray:
-        """How the weights change, laid out as `flat`, where each box's `start` and `bin` change by so much."""
-        slope = (of_start[self.box] + self.lever * of_bin[self.box]) * self.share
-        return self.scatter(-slope, slope).astype(self.flat.dtype, copy=False)
-
     def scatter(self, at_low: np.ndarray, at_high: np.ndarray) -> np.ndarray:
-        """All matrices as one flat array, from a value for each tap; float64, summed in the order of the samples."""
+        """All matrices as one flat array, from a value for each tap; summed in the order of the samples, in float64."""
         places = np.concatenate([self.low, self.high])
-        return np.bincount(places, np.concatenate([at_low, at_high]), self._size)
+        return np.bincount(places, np.concatenate([at_low, at_high]), self._size).astype(self.dtype, copy=False)
 
     def blocks(self, flat: np.ndarray) -> list[list[Block]]:
         """For each box its matrices, as views of `flat`."""
@@ -142,11 +176,11 @@ class AxisWeights:
         ]
 
 
-def _span(group: np.ndarray, low: np.ndarray, high: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
+def span(group: np.ndarray, low: np.ndarray, high: np.ndarray, groups: int) -> tuple[np.ndarray, np.ndarray]:
     """Least `low` and greatest `high` + 1 of each group; 0, 0 for one without members. `group` does not decrease."""
     first, stop = np.zeros(groups, np.int64), np.zeros(groups, np.int64)
     if group.size:
-        starts = np.flatnonzero(np.diff(group, prepend=-1))
+        starts = np.concatenate([[0], np.flatnonzero(group[1:] != group[:-1]) + 1])
         first[group[starts]] = np.minimum.reduceat(low, starts)
         stop[group[starts]] = np.maximum.reduceat(high, starts) + 1
     return first, stop

@@ -1,27 +1,44 @@
 """Backends that one body of tests runs on: NumPy arrays in and out."""
 
 import contextlib
+import unittest.mock
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 import cupy_roialign as cr
+from cupy_roialign import numpy_backend
 from tests import emulate
 
 
 class NumpyBackend:
-    """Calls with NumPy arrays in and out; a test written for this runs on any backend."""
+    """Calls with NumPy arrays in and out; a test written for this runs on any backend.
 
-    name = "numpy"
+    All boxes are worked on in one of the two ways that the CPU has, whatever would be the faster one.
+    """
 
-    def vjp(self, operator, features, boxes, *args, cotangent=None, **kwargs):
+    def __init__(self, sparse):
+        self.name = "numpy-sparse" if sparse else "numpy"
+        self.few_channels = 0 if sparse else 10**9
+        if sparse:
+            pytest.importorskip("scipy")
+
+    def vjp(self, *args, **kwargs):
+        with self.way():
+            return self._vjp(*args, **kwargs)
+
+    def __call__(self, operator, *args, **kwargs):
+        with self.way():
+            return operator(*args, **kwargs)
+
+    def way(self):
+        return unittest.mock.patch.object(numpy_backend, "FEW_CHANNELS", self.few_channels)
+
+    def _vjp(self, operator, features, boxes, *args, cotangent=None, **kwargs):
         """Output, gradient to the features and to the boxes (None without a cotangent)."""
         output, pullback = cr.vjp(operator, features, boxes, *args, **kwargs)
         return (output, *(pullback(cotangent) if cotangent is not None else (None, None)))
-
-    def __call__(self, operator, *args, **kwargs):
-        return operator(*args, **kwargs)
 
 
 class ElsewhereBackend:

@@ -48,7 +48,8 @@ def on_gpu(name):
 
 
 @pytest.fixture(
-    params=["numpy", "torch", "emulated", "emulated-torch", on_gpu("cupy"), on_gpu("cuda-torch")], scope="session"
+    params=["numpy", "numpy-sparse", "torch", "emulated", "emulated-torch", on_gpu("cupy"), on_gpu("cuda-torch")],
+    scope="session",
 )
 def backend(request):
     """What one body of tests runs on."""
@@ -63,7 +64,7 @@ def backend(request):
     if request.param == "cuda-torch":
         _need_cuda_torch()
         return backends.CudaTorchBackend()
-    return {"numpy": backends.NumpyBackend, "torch": backends.TorchBackend}[request.param]()
+    return backends.TorchBackend() if request.param == "torch" else backends.NumpyBackend("sparse" in request.param)
 
 
 @pytest.fixture

@@ -259,10 +259,12 @@ def test_an_array_that_cannot_be_made_again():
         cr.roi_crop(Mute(values()), Mute(PIXEL_BOXES), Mute(INDICES), 3)
 
 
-def test_results_do_not_depend_on_how_the_work_is_cut(monkeypatch):
+@pytest.mark.parametrize("few_channels", [0, 10**9], ids=["sparse", "dense"])
+def test_results_do_not_depend_on_how_the_work_is_cut(few_channels, monkeypatch):
     """A workspace of a few kilobytes: many chunks of boxes, and channels one at a time."""
-    from cupy_roialign import numpy_backend
+    from cupy_roialign import numpy_backend, numpy_job
 
+    monkeypatch.setattr(numpy_backend, "FEW_CHANNELS", few_channels)
     rng = np.random.default_rng(6)
     features = rng.standard_normal((2, 20, 40, 40), dtype=np.float32)
     boxes, indices = rng.uniform(-2, 42, (25, 4)).astype(np.float32), rng.integers(0, 2, 25)
@@ -273,6 +275,6 @@ def test_results_do_not_depend_on_how_the_work_is_cut(monkeypatch):
         return output, *pullback(cotangent)
 
     whole = run()
-    monkeypatch.setattr(numpy_backend, "WORKSPACE", 20_000)
+    monkeypatch.setattr(numpy_job, "WORKSPACE", 20_000)
     for a, b, allowed in zip(run(), whole, [tolerance.OUTPUT, tolerance.GRADIENT, tolerance.GRADIENT], strict=True):
         tolerance.assert_close(a, b, allowed["float32"])

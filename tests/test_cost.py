@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import cupy_roialign as cr
-from cupy_roialign import geometry, numpy_backend
+from cupy_roialign import geometry, numpy_backend, numpy_job
 from cupy_roialign.geometry import Dialect, Part, Rule
-from cupy_roialign.numpy_weights import AxisWeights
+from cupy_roialign.numpy_weights import AxisWeights, Taps
 from tests.test_oracle import lay_out
 
 SIZE, BINS = 50, 7
@@ -57,7 +57,7 @@ def test_samples_tried_for_a_huge_box(edges, real, dialect, options):
         first, stop = geometry._candidates(rule, axis, origin, SIZE)
     tried = int((stop - first).sum())
     assert tried <= 2 * SIZE + BINS * (geometry.EVERY_SAMPLE + 16)
-    weights = AxisWeights(rule, axis, Part(range(BINS)), SIZE, np.dtype(np.float32))
+    weights = AxisWeights(Taps(rule, axis, Part(range(BINS)), SIZE), np.dtype(np.float32))
     assert weights.flat.size <= BINS * SIZE
     assert weights.counts.max() <= SIZE
 
@@ -123,7 +123,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_memory(name, boxes, monkeypatch):
     """At most twice the features and a constant, which the workspace sets; here it is 256 KiB."""
-    monkeypatch.setattr(numpy_backend, "WORKSPACE", MIB // 4)
+    monkeypatch.setattr(numpy_job, "WORKSPACE", MIB // 4)
     channels, dtype, order = LAYOUTS[name]
     side = int((2 * MIB / channels / np.dtype(dtype).itemsize) ** 0.5)
     features = lay_out(np.ones((1, channels, side, side), dtype), order)
@@ -156,7 +156,7 @@ def test_memory_follows_the_box_and_not_the_image():
 
 def test_memory_of_many_samples_a_bin(monkeypatch):
     """What `sampling_ratio` asks for is worked off a few boxes at a time."""
-    monkeypatch.setattr(numpy_backend, "WORKSPACE", MIB)
+    monkeypatch.setattr(numpy_job, "WORKSPACE", MIB)
     features = np.ones((1, 1, 4, 4), np.float32)
     boxes = np.tile(np.array([[0.5, 0.5, 3.5, 3.5]], np.float32), (40, 1))
     indices = np.zeros(40, np.int64)
@@ -191,7 +191,7 @@ def test_one_box_that_the_workspace_does_not_hold(name, monkeypatch):
         lambda: numpy_backend.box_gradient(grad, features, boxes, indices, rule),
     ]
     whole = [call() for call in calls]
-    monkeypatch.setattr(numpy_backend, "WORKSPACE", MIB)
+    monkeypatch.setattr(numpy_job, "WORKSPACE", MIB)
     for call, expected in zip(calls, whole, strict=True):
         actual = call()
         scale = np.abs(expected).max()

@@ -1,0 +1,59 @@
+"""What the two ways to work on boxes on the CPU have in common."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cupy_roialign import geometry
+
+WORKSPACE = 32 * 2**20
+"""Bytes that a copy of features may take, and as many the weights of the boxes at work, and their crops."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call but for the arrays of features and gradients."""
+
+    shape: tuple[int, ...]  # of the features
+    dtype: np.dtype  # to compute in
+    boxes: np.ndarray  # (K, 4 or 5) in the precision of positions
+    batch_indices: np.ndarray  # (K,) whole and in range
+    rule: geometry.Rule
+    directions: Sequence[np.ndarray]  # each like the boxes
+
+    @functools.cached_property
+    def axes(self) -> tuple[geometry.Axis, geometry.Axis]:
+        """All boxes along y and x."""
+        y, x = (geometry.resolve(self.rule, self.boxes, axis, self.shape[2 + axis]) for axis in (0, 1))
+        return y, x
+
+    @functools.cached_property
+    def samples(self) -> tuple[np.ndarray, np.ndarray]:
+        """(K,) and (K,) about how many samples a box has at most along y and x."""
+        y, x = (
+            geometry.most_samples(self.rule, *each)
+            for each in zip(self.axes, self.rule.bins, self.shape[2:], strict=True)
+        )
+        return y, x
+
+    def edges(self, direction: int, axis: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How (lo, hi) of some of the boxes change along an axis."""
+        change, columns = self.directions[direction], self.rule.columns
+        return change[numbers, columns[axis]], change[numbers, columns[axis + 2]]
+
+
+def fill_outside(
+    output: np.ndarray, numbers: np.ndarray, inside_y: np.ndarray, inside_x: np.ndarray, value: float
+) -> None:
+    """Writes `value` where a bin of these boxes has no sample inside the image. For one sample a bin.
+
+    `output` (K, C, bins_y, bins_x), `inside_y` (numbers, bins_y), `inside_x` (numbers, bins_x).
+    """
+    number = np.array(value).astype(output.dtype)
+    partly = ~(inside_y.all(axis=1) & inside_x.all(axis=1))
+    for place in np.flatnonzero(partly).tolist():
+        np.copyto(output[numbers[place]], number, where=~(inside_y[place][:, None] & inside_x[place]))

@@ -1,0 +1,478 @@
+"""All boxes as one sparse matrix, with SciPy: crops = M @ pixels, and the gradient to pixels = M.T @ gradient to crops.
+
+A row of M is a bin, and a column a pixel. The matrices beside it have a row for each bin or pixel, of its channels.
+Where channels are last in memory, features are such a matrix. Otherwise the part of them that boxes touch is brought
+into that order, a few channels at a time, so that it stays in the cache meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import sparse
+
+from cupy_roialign import arrays, geometry, numpy_job, threads
+from cupy_roialign.numpy_job import Job, fill_outside
+from cupy_roialign.numpy_weights import AxisRows, Taps, span
+
+ENTRY_BYTES = 64
+"""Of an entry of the matrix, while it is made."""
+
+SAMPLE_BYTES = 256
+"""Of a sample along an axis."""
+
+ALL_PIXELS = 2**22
+"""Pixels of features that are used as they are. A matrix takes a few bytes for each of them, touched or not."""
+
+BLOCK_BYTES = 128
+"""Channels that are brought into order at once, as bytes of a pixel."""
+
+STRIP_BYTES = 2**20
+"""What a product makes at once. It stays in the cache and, mostly, in memory that need not be got anew."""
+
+TILE = 256
+"""Boxes with their centres in a part of an image of about this side are worked on together."""
+
+WINDOW = 256
+"""So many pixels are brought into order in the time that a window takes besides."""
+
+LINE = 64
+"""Bytes of a line of the cache."""
+
+SAME_PLACE = 4096
+"""Memory so many bytes apart falls on one place in the cache."""
+
+Edge = tuple[int, int]
+"""An edge of each box: its axis, and whether it is the lower (0) or upper one (1)."""
+
+
+def suits(job: Job) -> np.ndarray:
+    """(K,) bool: the boxes that have few enough samples and entries, and lie in few enough pixels."""
+    entries, pixels = 1.0, 1.0
+    for axis, samples, bins, size in zip(job.axes, job.samples, job.rule.bins, job.shape[2:], strict=True):
+        pitch = np.abs(axis.bin)
+        entries = entries * np.fmin(2 * samples, bins * (pitch + 3))
+        pixels = pixels * np.fmin(size, bins * pitch + 3)
+    costs = np.maximum(entries * ENTRY_BYTES, pixels * BLOCK_BYTES)
+    costs = np.maximum(costs, (job.samples[0] + job.samples[1]) * SAMPLE_BYTES)
+    return np.maximum(costs, math.prod(job.rule.bins) * BLOCK_BYTES) <= numpy_job.WORKSPACE
+
+
+def forward(job: Job, numbers: np.ndarray, features: np.ndarray, output: np.ndarray) -> None:
+    """Writes the crops of some boxes."""
+    whole = None if job.directions else _matrix_of(features, job.dtype)
+    blocks = _blocks(features, job.dtype, whole is not None)
+    for chunk in _chunks(job, numbers, whole is not None):
+        parts = chunk.parts(chunk.matrix(), blocks[0].stop)
+
+        def take(task: tuple[list[_Part], slice], chunk: _Chunk = chunk) -> None:
+            parts, channels = task
+            pixels = chunk.pixels_of(features, channels, bool(job.directions)) if whole is None else whole
+            for part in parts:
+                output[chunk.select(part.boxes), channels] = chunk.as_crops(part.matrix @ pixels)
+            if whole is None:
+                chunk.spare(pixels)
+
+        threads.run(take, _tasks(parts, blocks, whole is not None), chunk.multiplications)
+        if job.rule.extrapolation_value != 0 and not job.directions:
+            fill_outside(output, chunk.numbers, *chunk.inside(), job.rule.extrapolation_value)
+
+
+def feature_gradient(
+    job: Job, numbers: np.ndarray, grad_output: np.ndarray, total: np.ndarray, begun: set[int]
+) -> None:
+    """Adds the gradients of the crops of some boxes. `begun`: the images where `total` may not be 0 any more."""
+    whole = None if _matrix_of(total, job.dtype) is None else _matrix_of(grad_output, job.dtype)
+    blocks = _blocks(total, job.dtype, whole is not None)
+    for chunk in _chunks(job, numbers, whole is not None):
+        strips = chunk.strips(chunk.matrix().T.tocsr(), blocks[0].stop, begun)
+
+        def add(task: tuple[list[_Strip], slice], chunk: _Chunk = chunk) -> None:
+            strips, channels = task
+            crops = chunk.crops_of(grad_output, channels) if whole is None else chunk.rows_of(whole)
+            for strip in strips:
+                strip.add(strip.matrix @ crops, total[:, channels])
+            if whole is None:
+                chunk.spare(crops)
+
+        threads.run(add, _tasks(strips, blocks, whole is not None), chunk.multiplications)
+        begun.update(chunk.images)
+
+
+def box_gradient(
+    job: Job, numbers: np.ndarray, grad_output: np.ndarray, features: np.ndarray, gradient: np.ndarray
+) -> None:
+    """Writes the gradients to some boxes: those to the crops, times how the crops change along each edge."""
+    edges = [(axis, end) for axis in (0, 1) for end in (0, 1)]
+    blocks = _blocks(features, job.dtype, whole=False)
+    for chunk in _chunks(job, numbers, whole=False):
+        parts = [chunk.parts(chunk.matrix(edge), blocks[0].stop) for edge in edges]
+        sums = np.zeros((len(blocks), len(edges), len(chunk.numbers)))
+
+        def take(block: int, chunk: _Chunk = chunk, parts: list[Any] = parts, sums: np.ndarray = sums) -> None:
+            pixels = chunk.pixels_of(features, blocks[block], level=True)
+            grads = chunk.crops_of(grad_output, blocks[block])
+            grads[chunk.without_sample] = 0  # whatever it is: these crops do not change
+            each = grads.reshape(len(chunk.numbers), -1)
+            for same in zip(*parts, strict=True):
+                for edge, part in enumerate(same):
+                    some = each[part.boxes]
+                    changes = (part.matrix @ pixels).reshape(some.shape)
+                    sums[block, edge, part.boxes] = np.einsum("ij,ij->i", some, changes)
+            chunk.spare(pixels)
+            chunk.spare(grads)
+
+        threads.run(take, range(len(blocks)), len(edges) * chunk.multiplications)
+        for (axis, end), total in zip(edges, sums.sum(axis=0), strict=True):
+            gradient[chunk.numbers, job.rule.columns[axis + 2 * end]] = total
+
+
+# ---- the matrix ----
+
+
+class _Window(NamedTuple):
+    """A part of an image whose pixels, row by row, are columns of a matrix."""
+
+    image: int
+    y: slice
+    x: slice
+    columns: slice
+
+    def counted_from(self, column: int) -> _Window:
+        return self._replace(columns=slice(self.columns.start - column, self.columns.stop - column))
+
+
+class _Part(NamedTuple):
+    """Some boxes of a chunk, and their rows of its matrix."""
+
+    boxes: slice
+    matrix: Any
+
+
+class _Strip(NamedTuple):
+    """Some columns of a chunk's matrix, as rows of its transpose, and the windows that they are."""
+
+    matrix: Any
+    windows: list[tuple[_Window, bool]]  # columns counted from the first; whether there may be a gradient already
+
+    def add(self, values: np.ndarray, total: np.ndarray) -> None:
+        """Adds (pixels, channels) to (N, channels, H, W)."""
+        for window, begun in self.windows:
+            target = total[window.image, :, window.y, window.x].transpose(1, 2, 0)
+            part = values[window.columns].reshape(target.shape)
+            target[...] = part + target if begun else part
+
+
+class _Boxes:
+    """Boxes whose samples are in memory together."""
+
+    def __init__(self, job: Job, numbers: np.ndarray):
+        self.job, self.numbers, self.axes = job, numbers, [axis.of(numbers) for axis in job.axes]
+        self.taps = [
+            Taps(job.rule, axis, geometry.Part(range(bins)), size)
+            for axis, bins, size in zip(self.axes, job.rule.bins, job.shape[2:], strict=True)
+        ]
+        self.rows = [AxisRows(taps) for taps in self.taps]
+        self.first, self.stop = np.stack([span(t.box, t.low, t.high, len(numbers)) for t in self.taps], axis=1)
+        entries = [np.diff(rows.begin[::bins]) for rows, bins in zip(self.rows, job.rule.bins, strict=True)]
+        self.entries = entries[0] * entries[1]  # (K,)
+        self._values: dict[Any, np.ndarray] = {}
+
+    def values(self, axis: int, taken: int | None, edge: Edge | None) -> np.ndarray:
+        """An axis' weights or, where it takes a direction, how they change. `edge` is one more than the job's."""
+        key = axis, taken, edge if taken == len(self.job.directions) else None
+        if key not in self._values:
+            taps = self.taps[axis].weights if taken is None else self._changes(axis, taken, edge)
+            self._values[key] = self.rows[axis].values(*taps)
+        return self._values[key]
+
+    def _changes(self, axis: int, taken: int, edge: Edge | None) -> tuple[np.ndarray, np.ndarray]:
+        if taken < len(self.job.directions):
+            low, high = self.job.edges(taken, axis, self.numbers)
+        else:
+            low, high = (np.full(len(self.numbers), float(edge == (axis, end))) for end in (0, 1))
+        return self.taps[axis].changes(*self.axes[axis].change(low, high))
+
+
+class _Chunk:
+    """Some of those boxes, one after another, whose matrix is in memory."""
+
+    def __init__(self, boxes: _Boxes, some: slice, windows: list[_Window], owner: np.ndarray):
+        """`owner` (k,): the window of each box."""
+        self.numbers = boxes.numbers[some]
+        self.images = {window.image for window in windows}
+        self._boxes, self._some, self._windows = boxes, some, windows
+        self._shape = shape = (len(self.numbers), *boxes.job.rule.bins)
+
+        # The entries of each bin along y and x. A row of the matrix has a line for each along y, of those along x.
+        begins = [r.begin[some.start * n : some.stop * n + 1] for r, n in zip(boxes.rows, shape[1:], strict=True)]
+        along_y, along_x = (np.stack([begin[:-1], np.diff(begin)]) for begin in begins)  # first, count
+        first_y, lines = (np.repeat(a, shape[2]) for a in along_y)
+        first_x, length = (np.tile(a.reshape(shape[0], -1), shape[1]).ravel() for a in along_x)
+        self._begin = np.concatenate([[0], np.cumsum(lines * length)])  # (bins + 1,) of each row
+        self._line = _ranges(first_y, lines)  # (lines,) an entry along y
+        self._length = np.repeat(length, lines)  # (lines,)
+        self._entry = _ranges(np.repeat(first_x, lines), self._length)  # (entries,) an entry along x
+
+        pixel_y, pixel_x = (rows.pixel for rows in boxes.rows)
+        widths = [w.x.stop - w.x.start for w in windows]
+        corners = [w.columns.start - w.y.start * width - w.x.start for w, width in zip(windows, widths, strict=True)]
+        box = np.repeat(np.arange(shape[0]), np.diff(begins[0][:: shape[1]]))
+        line = pixel_y[begins[0][0] : begins[0][-1]] * np.array(widths)[owner][box] + np.array(corners)[owner][box]
+        column = np.repeat(line[self._line - begins[0][0]], self._length) + pixel_x[self._entry]
+        self._column = column.astype(np.int32)  # (entries,)
+        self._spare: list[np.ndarray] = []
+
+    def matrix(self, edge: Edge | None = None) -> Any:
+        """(bins, pixels): the weights or, with directions, how they change; `edge` is one more direction."""
+        job, last = self._boxes.job, len(self._boxes.job.directions)
+        total = np.zeros(len(self._column))
+        for taken in geometry.terms(last + (edge is not None)):
+            if edge is None or taken[edge[0]] == last:  # weights along the other axis do not change with this edge
+                along_y, along_x = (self._boxes.values(axis, taken[axis], edge) for axis in (0, 1))
+                total += np.repeat(along_y[self._line], self._length) * along_x[self._entry]
+        values = total.astype(job.dtype)
+        # NaN and infinities reach only where their weight is not 0: there must be no entries that are.
+        kept = values != 0
+        begin = np.concatenate([[0], np.cumsum(kept)])[self._begin].astype(np.int32)
+        shape = (len(begin) - 1, self._windows[-1].columns.stop)
+        return sparse.csr_array((values[kept], self._column[kept], begin), shape=shape)
+
+    @property
+    def without_sample(self) -> np.ndarray:
+        """(bins,) bool."""
+        return np.diff(self._begin) == 0
+
+    def inside(self) -> tuple[np.ndarray, np.ndarray]:
+        """(k, bins_y) and (k, bins_x) bool: the bin has a sample inside the image."""
+        y, x = (taps.inside()[self._some] for taps in self._boxes.taps)
+        return y, x
+
+    @property
+    def multiplications(self) -> int:
+        """Of a product with all channels."""
+        return len(self._column) * self._boxes.job.shape[1]
+
+    def parts(self, matrix: Any, channels: int) -> list[_Part]:
+        """The matrix cut into boxes whose crops, of so many channels, stay in the cache."""
+        bins = self._shape[1] * self._shape[2]
+        step = max(1, self._at_once(channels) // bins)
+        starts = range(0, len(self.numbers), step)
+        parts = [slice(start, min(start + step, len(self.numbers))) for start in starts]
+        return [_Part(part, _rows(matrix, part.start * bins, part.stop * bins)) for part in parts]
+
+    def strips(self, transpose: Any, channels: int, begun: set[int]) -> list[_Strip]:
+        """The matrix cut into pixels that, of so many channels, stay in the cache. Those that no box touches are left.
+
+        `begun`: the images with a gradient already.
+        """
+        begun = set(begun)
+        limit = self._at_once(channels)
+        groups: list[list[tuple[_Window, bool]]] = []
+        for window in self._windows:
+            width = window.x.stop - window.x.start
+            step = max(1, limit // max(1, width))
+            for y in range(window.y.start, window.y.stop, step) if width else ():
+                rows = slice(y, min(y + step, window.y.stop))
+                start = window.columns.start + (y - window.y.start) * width
+                columns = slice(start, start + (rows.stop - y) * width)
+                if not groups or columns.stop - groups[-1][0][0].columns.start > limit:
+                    groups.append([])
+                groups[-1].append((window._replace(y=rows, columns=columns), window.image in begun))
+            begun.add(window.image)
+        strips = []
+        for group in groups:
+            start, stop = group[0][0].columns.start, group[-1][0].columns.stop
+            if transpose.indptr[start] < transpose.indptr[stop]:
+                windows = [(window.counted_from(start), had) for window, had in group]
+                strips.append(_Strip(_rows(transpose, start, stop), windows))
+        return strips
+
+    def _at_once(self, channels: int) -> int:
+        return max(1, STRIP_BYTES // (channels * self._boxes.job.dtype.itemsize))
+
+    def select(self, boxes: slice = slice(None)) -> slice | np.ndarray:
+        """The index of some boxes of the chunk among the caller's; a slice if one will do, which makes no copy."""
+        numbers = self.numbers[boxes]
+        if (np.diff(numbers) == 1).all():
+            return slice(int(numbers[0]), int(numbers[-1]) + 1)
+        return numbers
+
+    def pixels_of(self, features: np.ndarray, channels: slice, level: bool) -> np.ndarray:
+        """(pixels, channels), as columns of the matrix.
+
+        With `level` each window less one pixel of it: slopes are the same, and small against less of an offset.
+        """
+        copy = np.copyto if arrays.is_channels_last(features.shape, features.strides) else _to_pixels
+        pixels = self._memory(self._windows[-1].columns.stop, len(range(features.shape[1])[channels]))
+        for window in self._windows:
+            source = features[window.image, channels, window.y, window.x].transpose(1, 2, 0)
+            target = pixels[window.columns]
+            copy(target.reshape(source.shape), source)
+            if level and target.size:
+                target -= np.where(np.isfinite(target[0]), target[0], 0)
+        return pixels
+
+    def _memory(self, *shape: int) -> np.ndarray:
+        try:
+            memory = self._spare.pop()
+        except IndexError:
+            memory = np.empty(0)
+        return memory if memory.shape == shape else np.empty(shape, self._boxes.job.dtype)
+
+    def spare(self, memory: np.ndarray) -> None:
+        """Takes back what `pixels_of` or `crops_of` gave: new memory would take time to get."""
+        self._spare.append(memory)
+
+    def crops_of(self, crops: np.ndarray, channels: slice) -> np.ndarray:
+        """(bins, channels), as rows of the matrix, from all (K, C, bins_y, bins_x)."""
+        taken = crops[self.select(), channels]
+        rows = self._memory(math.prod(self._shape), taken.shape[1])
+        # Not a copy, whose innermost loop would be over the channels: this one's is over bins, which are more.
+        np.multiply(taken, 1, out=self.as_crops(rows), dtype=rows.dtype)
+        return rows
+
+    def rows_of(self, crops: np.ndarray) -> np.ndarray:
+        """(bins, C), as rows of the matrix, from all (K*bins, C)."""
+        each = crops.reshape(-1, self._shape[1] * self._shape[2], crops.shape[1])
+        return each[self.select()].reshape(-1, crops.shape[1])
+
+    def as_crops(self, values: np.ndarray) -> np.ndarray:
+        """(k, channels, bins_y, bins_x) from (bins, channels)."""
+        return values.reshape(-1, *self._shape[1:], values.shape[1]).transpose(0, 3, 1, 2)
+
+
+def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Ranges of `count` numbers from `first` on, one after another."""
+    stop = np.cumsum(count)
+    return np.arange(int(stop[-1]) if stop.size else 0) + np.repeat(first - (stop - count), count)
+
+
+# ---- the plan ----
+
+
+def _chunks(job: Job, numbers: np.ndarray, whole: bool) -> Iterator[_Chunk]:
+    """All of these boxes. `whole`: the columns of the matrix are all pixels of all images."""
+    places = np.stack([job.batch_indices, *(np.zeros_like(job.batch_indices) for _ in job.axes)])
+    if not whole:
+        places[1:] = [_tile(*one) for one in zip(job.axes, job.rule.bins, job.shape[2:], strict=True)]
+        numbers = numbers[np.lexsort(places[::-1, numbers])]
+    samples = (job.samples[0] + job.samples[1])[numbers]
+    for some in _runs(samples * (SAMPLE_BYTES / numpy_job.WORKSPACE)):
+        boxes = _Boxes(job, numbers[some])
+        cost = np.maximum(boxes.entries * ENTRY_BYTES, math.prod(job.rule.bins) * BLOCK_BYTES) / numpy_job.WORKSPACE
+        if whole:
+            for run in _runs(cost):
+                yield _Chunk(boxes, run, _all_pixels(job.shape), places[0, boxes.numbers[run]])
+        else:
+            yield from _chunks_in_windows(boxes, places[:, boxes.numbers], cost)
+
+
+def _chunks_in_windows(boxes: _Boxes, places: np.ndarray, cost: np.ndarray) -> Iterator[_Chunk]:
+    """Boxes of one place share a window, unless there are fewer pixels in windows of their own."""
+    most = numpy_job.WORKSPACE // BLOCK_BYTES
+    changes = _changes(places)
+    starts, place = np.flatnonzero(changes), np.cumsum(changes) - 1
+    extent = boxes.stop - boxes.first
+    pixels = extent[0] * extent[1]
+    first = np.minimum.reduceat(np.where(pixels > 0, boxes.first, np.iinfo(np.int64).max), starts, axis=1)
+    stop = np.maximum.reduceat(boxes.stop, starts, axis=1)
+    extent = stop - np.minimum(first, stop)
+    shared = extent[0] * extent[1]
+    shares = (shared > 0) & (shared <= np.minimum(most, np.add.reduceat(pixels + WINDOW, starts)))
+    first = np.where(shares[place], first[:, place], boxes.first)
+    stop = np.where(shares[place], stop[:, place], boxes.stop)
+
+    bounds = np.concatenate([places[:1], first, stop])
+    begins = _changes(bounds)
+    extent = stop - first
+    pixels = extent[0] * extent[1]
+    for run in _runs(cost + begins * pixels / most):
+        opens = begins[run].copy()
+        opens[0] = True
+        ends = np.cumsum(pixels[run][opens])
+        windows = [
+            _Window(image, slice(y0, y1), slice(x0, x1), slice(end - (y1 - y0) * (x1 - x0), end))
+            for image, y0, x0, y1, x1, end in zip(*bounds[:, run][:, opens].tolist(), ends.tolist(), strict=True)
+        ]
+        yield _Chunk(boxes, run, windows, np.cumsum(opens) - 1)
+
+
+def _changes(rows: np.ndarray) -> np.ndarray:
+    """(n,) bool: which of the columns of (m, n) is another one than that before; the first is."""
+    changes = np.ones(rows.shape[1], bool)
+    np.any(rows[:, 1:] != rows[:, :-1], axis=0, out=changes[1:])
+    return changes
+
+
+def _runs(cost: np.ndarray) -> Iterator[slice]:
+    """Runs of boxes that cost 1 together, or of a single one that costs more."""
+    ends = np.cumsum(cost)
+    start = 0
+    while start < len(cost):
+        limit = 1 + (ends[start - 1] if start else 0)
+        stop = max(start + 1, int(np.searchsorted(ends, limit, "right")))
+        yield slice(start, stop)
+        start = stop
+
+
+def _tile(axis: geometry.Axis, bins: int, size: int) -> np.ndarray:
+    """(K,) the part of the image, along one axis, that a box has its centre in."""
+    tiles = max(1, size // TILE)
+    middle = axis.start.astype(np.float64) + axis.bin * (bins / 2)
+    return np.clip(np.nan_to_num(middle * (tiles / size)), 0, tiles - 1).astype(np.int64)
+
+
+# ---- memory ----
+
+
+def _all_pixels(shape: tuple[int, ...]) -> list[_Window]:
+    count, _, height, width = shape
+    area = height * width
+    return [
+        _Window(image, slice(0, height), slice(0, width), slice(image * area, (image + 1) * area))
+        for image in range(count)
+    ]
+
+
+def _matrix_of(array: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
+    """(N, C, H, W) as (N*H*W, C), if that is how it lies in memory."""
+    last = array.transpose(0, 2, 3, 1)
+    ready = array.dtype == dtype and last.flags.c_contiguous and last.flags.aligned
+    return last.reshape(-1, array.shape[1]) if ready and array[:, 0].size <= ALL_PIXELS else None
+
+
+def _blocks(array: np.ndarray, dtype: np.dtype, whole: bool) -> list[slice]:
+    """The channels that are worked on at once; more of them where they lie beside each other."""
+    beside = 2 if arrays.is_channels_last(array.shape, array.strides) else 1
+    step = array.shape[1] if whole else beside * BLOCK_BYTES // dtype.itemsize
+    return [slice(start, start + step) for start in range(0, array.shape[1], step)]
+
+
+def _tasks(items: list[Any], blocks: list[slice], whole: bool) -> list[tuple[list[Any], slice]]:
+    """What threads share out: blocks of channels or, where there is but one, the items."""
+    return [([item], blocks[0]) for item in items] if whole else [(items, block) for block in blocks]
+
+
+def _rows(matrix: Any, start: int, stop: int) -> Any:
+    """Some rows of a sparse matrix, without a copy."""
+    begin = matrix.indptr[start : stop + 1]
+    entries = slice(begin[0], begin[-1])
+    shape = (stop - start, matrix.shape[1])
+    return sparse.csr_array((matrix.data[entries], matrix.indices[entries], begin - begin[0]), shape=shape)
+
+
+def _to_pixels(target: np.ndarray, source: np.ndarray) -> None:
+    """target[...] = source, both (h, w, C); source may lie as planes.
+
+    So many planes at a time as make up a cache line of each pixel; fewer, where planes are so far apart that all of
+    them fall on one place in the cache.
+    """
+    step = max(1, LINE // target.itemsize)
+    if source.strides[2] % SAME_PLACE == 0:
+        step = max(1, step // 2)
+    for start in range(0, source.shape[2], step):
+        target[:, :, start : start + step] = source[:, :, start : start + step]
