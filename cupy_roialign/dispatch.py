@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -130,14 +131,14 @@ def home(**named: Any) -> Home:
 def _need_cupy(name: str, tensor: Any) -> None:
     try:
         import cupy
-
-        if cupy.cuda.is_available():
-            return
     except Exception as error:
         from cupy_roialign import problems
 
         problem = problems.no_cupy(problems.brief(error), problems.machine())
         raise ImportError(f"{name} is a {_describe(tensor)}, and {problem}") from error
+    with contextlib.suppress(Exception):  # CuPy 13 raises where there is no driver
+        if cupy.cuda.is_available():
+            return
     from cupy_roialign import problems
 
     raise RuntimeError(f"{name} is a {_describe(tensor)}, and {problems.no_gpu_here()}")

@@ -51,15 +51,22 @@ class Machine(NamedTuple):
         """How to get the right CuPy, in place of what is there."""
         removal = f"pip uninstall -y {' '.join(self.cupys)} && " if self.cupys else ""
         command = removal + "pip install 'cupy_roialign[{}]'"
+        if self.cuda is None:
+            if len(self.cupys) == 1 and self.extra:
+                return command.format(self.extra)
+            return f"{command.format('cuda13')}, or [cuda12] for a driver older than {NEWEST.driver}"
         oldest = min(self.capabilities, default=NEWEST.capability)
         fit = {name: extra for name, extra in EXTRAS.items() if oldest >= extra.capability} or EXTRAS
-        if self.cuda is None:
-            return f"{command.format(next(iter(fit)))}, or [cuda12] for a driver older than {NEWEST.driver}"
         for name, extra in fit.items():
             if self.cuda[0] >= extra.cuda:
                 return command.format(name)
         name, extra = next(iter(fit.items()))
         return f"update the NVIDIA driver to {extra.driver} or newer, then {command.format(name)}"
+
+    @property
+    def extra(self) -> str | None:
+        """The one that goes with the CuPy that is installed."""
+        return next((name for name in EXTRAS if f"cupy-{name}x" in self.cupys), None)
 
 
 def machine() -> Machine:
@@ -162,8 +169,7 @@ def driver_fails(error: str) -> Problem:
 
 
 def no_toolkit(error: str, on: Machine) -> Problem:
-    of_wheel = [name for name in EXTRAS if f"cupy-{name}x" in on.cupys]
-    command = f"pip install 'cupy_roialign[{of_wheel[0]}]'" if of_wheel else on._replace(cupys=()).install()
+    command = f"pip install 'cupy_roialign[{on.extra}]'" if on.extra else on._replace(cupys=()).install()
     return Problem(
         "toolkit_missing",
         f"CuPy does not find CUDA's compiler (NVRTC) or headers ({error})",

@@ -61,7 +61,12 @@ SITUATIONS = {
     "nothing": (facts(), {}, {}, ()),
     "a GPU, and all is well": (facts((13, 0), [HOPPER], cupy=CUPY_13, torch=TORCH), {}, {}, ()),
     "CuPy and no driver": (facts(cupy=BLIND), {}, {"driver_missing": []}, ("docker run --gpus all",)),
-    "CuPy is broken, and no driver": (facts(cupy=BROKEN), {}, {"cupy_broken": []}, ()),
+    "CuPy is broken, and no driver": (
+        facts(cupy=BROKEN | {"distributions": ["cupy-cuda12x"]}),
+        {},
+        {"cupy_broken": []},
+        ("pip uninstall -y cupy-cuda12x && pip install 'cupy_roialign[cuda12]'",),
+    ),
     "a driver and no GPU": (facts((13, 0)), {}, {}, ()),
     "a driver, no GPU, and CuPy": (facts((13, 0), cupy=BLIND), {}, {"gpu_missing": []}, ("nvidia-smi -L",)),
     "no CuPy": (facts((13, 0), [HOPPER]), {}, {"cupy_missing": ["cupy"]}, ("pip install 'cupy_roialign[cuda13]'",)),
@@ -361,6 +366,15 @@ def test_what_cupy_frames_is_shown_alone():
     assert len(problems.brief(ValueError("x" * 1000))) < 320
 
 
+@pytest.mark.parametrize(("error", "seen"), [(None, "RuntimeError: cudaErrorInsufficientDriver"), ("no answer", None)])
+def test_a_driver_that_hangs_is_not_asked_again(error, seen, monkeypatch):
+    of_cuda((12, 4), monkeypatch)
+    monkeypatch.setattr(driver, "gpus", lambda: {"devices": [], "error": error})
+    monkeypatch.setitem(sys.modules, "cupy", Blind)
+    found = doctor.gather()["cupy"]
+    assert (found["built_for"], found["gpus"], found["gpu_error"]) == ((13, 2), 0, seen)
+
+
 # ---- the program ----
 
 
@@ -450,30 +464,36 @@ class Blind:
     """A CuPy that finds no GPU."""
 
     class cuda:
-        @staticmethod
-        def is_available():
+        raises = False
+
+        @classmethod
+        def is_available(cls):
+            if cls.raises:  # as CuPy 13 does
+                raise RuntimeError("cudaErrorInsufficientDriver")
             return False
 
         class runtime:
             @staticmethod
             def getDeviceCount():
-                raise RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
+                raise RuntimeError("cudaErrorInsufficientDriver")
 
             @staticmethod
             def runtimeGetVersion():
                 return 13020
 
 
+@pytest.mark.parametrize("raises", [False, True])
 @pytest.mark.parametrize(
     ("cuda", "message"),
     [
         ((12, 4), r"built for CUDA 13.2, .* driver runs CUDA 12.4 at most; pip uninstall .*\[cuda12\]', or update"),
-        ((13, 0), r"CuPy finds no GPU \(RuntimeError: cudaErrorInsufficientDriver: .*nvidia-smi"),
+        ((13, 0), r"CuPy finds no GPU \(RuntimeError: cudaErrorInsufficientDriver\); .*nvidia-smi"),
         (None, r"there is no NVIDIA driver; "),
     ],
 )
-def test_a_cuda_tensor_and_cupy_without_a_gpu(cuda, message, monkeypatch):
+def test_a_cuda_tensor_and_cupy_without_a_gpu(cuda, message, raises, monkeypatch):
     tensors = cuda_tensors()
+    monkeypatch.setattr(Blind.cuda, "raises", raises)
     monkeypatch.setitem(sys.modules, "cupy", Blind)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     of_cuda(cuda, monkeypatch)
