@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cupy_roialign import driver
 
@@ -100,6 +100,13 @@ def cupy_gpus() -> tuple[int, str | None]:
         return cupy.cuda.runtime.getDeviceCount(), None
     except Exception as error:
         return 0, brief(error)
+
+
+def finds_gpu(cupy: Any) -> bool:
+    try:
+        return cupy.cuda.is_available()
+    except Exception:  # CuPy 13 raises where its CUDA is too new for the driver, or there is none
+        return False
 
 
 def no_gpu_here() -> Problem:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -98,10 +97,7 @@ def missing() -> problems.Problem | None:
         import cupy
     except Exception as error:
         return problems.no_cupy(problems.brief(error), problems.machine())
-    with contextlib.suppress(Exception):  # CuPy 13 raises where there is no driver
-        if cupy.cuda.is_available():
-            return None
-    return problems.no_gpu_here()
+    return None if problems.finds_gpu(cupy) else problems.no_gpu_here()
 
 
 def _with_progress(todo: list[Instantiation]) -> Iterable[Instantiation]:

@@ -13,6 +13,7 @@ import pytest
 import cupy_roialign as cr
 from cupy_roialign import __main__, doctor, driver, kernels, problems
 from tests import oracle
+from tests.backends import EmulatedTorchBackend
 from tests.emulate import device
 
 ROOT = Path(__file__).parents[1]
@@ -491,13 +492,15 @@ class Blind:
         (None, r"there is no NVIDIA driver; "),
     ],
 )
-def test_a_cuda_tensor_and_cupy_without_a_gpu(cuda, message, raises, monkeypatch):
-    tensors = cuda_tensors()
+def test_a_cuda_tensor_and_cupy_without_a_gpu(cuda, message, raises, emulated, monkeypatch):
+    torch = pytest.importorskip("torch")
     monkeypatch.setattr(Blind.cuda, "raises", raises)
-    monkeypatch.setitem(sys.modules, "cupy", Blind)
+    monkeypatch.setattr(emulated.cuda, "is_available", Blind.cuda.is_available)
+    monkeypatch.setattr(emulated.cuda, "runtime", Blind.cuda.runtime, raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     of_cuda(cuda, monkeypatch)
-    with pytest.raises(RuntimeError, match=r"features is a torch.* on cuda:0, and " + f".*{message}"):
+    tensors = torch.zeros(1, 2, 3, 4), torch.zeros(5, 4), torch.zeros(5, dtype=torch.int64)
+    with EmulatedTorchBackend().device(), pytest.raises(RuntimeError, match=rf"tensors are on .*, and .*{message}"):
         cr.roi_crop(*tensors, 3)
 
 
