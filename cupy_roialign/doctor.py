@@ -79,13 +79,18 @@ def _imported(name: str) -> tuple[Any, str | None]:
 
 def _scipy() -> Facts:
     scipy, error = _imported("scipy")
-    return {"version": scipy and scipy.__version__, "error": error}
+    return {"version": _version(scipy), "error": error}
+
+
+def _version(module: Any) -> str | None:
+    """Of a module; a folder of its name in the current directory passes for one, and has none."""
+    return None if module is None else str(getattr(module, "__version__", "unknown"))
 
 
 def _cupy(answers: bool) -> Facts:
     cupy, error = _imported("cupy")
     found: Facts = {
-        "version": getattr(cupy, "__version__", None if cupy is None else "unknown"),
+        "version": _version(cupy),
         "error": error,
         "distributions": problems.cupy_distributions(),
         "built_for": None,
@@ -107,13 +112,12 @@ def _cupy(answers: bool) -> Facts:
 
 def _torch(answers: bool) -> Facts:
     torch, error = _imported("torch")
-    found: Facts = {"version": None, "error": error, "cuda": None, "gpus": 0}
+    found: Facts = {"version": _version(torch), "error": error, "cuda": None, "gpus": 0}
     if torch is not None:
-        found["version"] = str(torch.__version__)
-        found["cuda"] = torch.version.cuda
-        if answers and torch.version.cuda:
-            with contextlib.suppress(Exception):
-                found["gpus"] = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        with contextlib.suppress(Exception):
+            found["cuda"] = torch.version.cuda
+            if answers and torch.version.cuda and torch.cuda.is_available():
+                found["gpus"] = torch.cuda.device_count()
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import re
@@ -76,8 +77,10 @@ def machine() -> Machine:
 
 def cupy_distributions() -> list[str]:
     """The installed distributions that bring a `cupy`. There should be one."""
-    named = [distribution.metadata["Name"] for distribution in importlib.metadata.distributions()]
-    plain = {re.sub(r"[-_.]+", "-", name).lower() for name in named if name}
+    plain = set()
+    for distribution in importlib.metadata.distributions():
+        with contextlib.suppress(Exception):  # one that was removed in part
+            plain.add(re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower())
     return sorted(name for name in plain if re.fullmatch(r"(amd-)?cupy(-(cuda|rocm)[-\w]*)?", name))
 
 

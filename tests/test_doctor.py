@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -374,6 +375,15 @@ def test_a_driver_that_hangs_is_not_asked_again(error, seen, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", Blind)
     found = doctor.gather()["cupy"]
     assert (found["built_for"], found["gpus"], found["gpu_error"]) == ((13, 2), 0, seen)
+
+
+def test_folders_that_pass_for_modules(monkeypatch):
+    for name in ("cupy", "torch", "scipy"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    found = doctor.gather()
+    assert {found[name]["version"] for name in ("cupy", "torch", "scipy")} == {"unknown"}
+    assert not found["cupy"]["gpus"]
+    assert doctor.self_test("torch_cpu").startswith("AttributeError: ")
 
 
 # ---- the program ----
