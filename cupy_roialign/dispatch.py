@@ -130,11 +130,11 @@ def home(**named: Any) -> Home:
 def _need_cupy(name: str, tensor: Any) -> None:
     try:
         import cupy  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"{name} is a {_describe(tensor)}, and kernels for the GPU are compiled by CuPy, which cannot be imported "
-            f"({error}); pip install 'cupy_roialign[cuda13]', or [cuda12] for a driver older than 580"
-        ) from error
+    except Exception as error:
+        from cupy_roialign import problems
+
+        problem = problems.no_cupy(problems.brief(error), problems.machine())
+        raise ImportError(f"{name} is a {_describe(tensor)}, and {problem}") from error
 
 
 def _kind(array: Any) -> tuple[str, str]:

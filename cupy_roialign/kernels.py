@@ -197,6 +197,20 @@ def every_types() -> list[Types]:
     ]
 
 
+def instantiations() -> list[tuple[str, Types]]:
+    """All that the backend asks for: a kernel of each file, whose others are compiled along, and its types."""
+    one_a_file = {file: name for name, file in KERNELS.items()}.values()
+    return [(name, types) for types in every_types() for name in one_a_file if _is_asked_for(name, types)]
+
+
+def _is_asked_for(name: str, types: Types) -> bool:
+    if name == "forward":  # which makes the crops
+        return types.crops == arrays.output_name(types.features)
+    if KERNELS[name] == KERNELS["feature_gradient"]:  # which makes the gradient to the features
+        return types.features in arrays.FLOATS
+    return True
+
+
 @functools.cache
 def read(name: str) -> str:
     """A source file. It lies in the package where that is installed, and beside it in the source tree."""
@@ -225,6 +239,16 @@ def source(name: str, types: Types) -> str:
 
 @functools.cache
 def kernel(name: str, types: Types) -> Any:
+    """A kernel, compiled for the current device; for another one CuPy compiles it when it is launched there."""
     import cupy
 
-    return cupy.RawKernel(source(name, types), name, options=OPTIONS)
+    made = cupy.RawKernel(source(name, types), name, options=OPTIONS)
+    try:
+        made.compile()
+    except Exception as error:
+        from cupy_roialign import problems
+
+        if not problems.lacks_toolkit(error):
+            raise
+        raise RuntimeError(str(problems.no_toolkit(problems.brief(error), problems.machine()))) from error
+    return made

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.utils.dlpack
 
-from cupy_roialign import arrays, geometry, gpu_backend, numpy_backend
+from cupy_roialign import arrays, geometry, gpu_backend, numpy_backend, problems
 from cupy_roialign.geometry import Rule
 
 # Over DLPack, which any two know, only where torch was built for another NumPy: it takes several microseconds more.
@@ -124,6 +124,8 @@ class _CudaBackend(gpu_backend.GpuBackend):
         # The thread that runs backward has a current device and stream of its own, and so has CuPy.
         import cupy
 
+        if not problems.finds_gpu(cupy):
+            raise RuntimeError(f"tensors are on {array.device}, and {problems.no_gpu_here()}")
         with cupy.cuda.Device(array.device.index), cupy.cuda.ExternalStream(self.stream(array)):
             yield
 

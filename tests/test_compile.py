@@ -50,7 +50,7 @@ def pool():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_instantiation(architecture, pool):
-    instantiations = [(name, types) for types in kernels.every_types() for name in FILES]
+    instantiations = kernels.instantiations()
     assert len(instantiations) == len(set(instantiations)) >= 100
     parts = [instantiations[i :: 4 * os.cpu_count()] for i in range(4 * os.cpu_count())]
     running = [pool.submit(compile_all, architecture, part, True) for part in parts]

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import cupy_roialign as cr
-from cupy_roialign import arrays, gpu_backend, kernels, numpy_backend
+from cupy_roialign import kernels, numpy_backend
+from cupy_roialign.geometry import Dialect, Rule
 from tests import tolerance
 from tests.backends import EmulatedTorchBackend
-from tests.test_kernels import RULES, problem, run
+from tests.test_kernels import problem, run
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,32 +38,37 @@ def test_the_backends_mirror_each_other(cupy):
     assert len(public(numpy_backend)) == 4
 
 
-def test_every_instantiation_that_is_asked_for_is_listed(cupy):
+def test_every_instantiation_that_is_asked_for_is_listed(cupy, monkeypatch):
     from cupy_roialign.cupy_backend import CupyBackend
 
-    backend = CupyBackend()
-    known = set(kernels.every_types())
     asked = set()
-    for features, boxes, grad, order in itertools.product(
-        [*kernels.CTYPES, "bool", "int64"],
-        ("float16", "float32", "float64"),
-        ("float16", "float32", "float64"),
-        ("NCHW", "NHWC"),
+
+    def kernel(name, types):
+        asked.add((kernels.KERNELS[name], types))
+        return lambda grid, block, args: None
+
+    monkeypatch.setattr(kernels, "kernel", kernel)
+    backend = CupyBackend()
+    indices = cupy.zeros(2, np.int64)
+    for dtype, box_dtype, order in itertools.product(
+        [*kernels.CTYPES, "bool", "int64"], ("float16", "float32", "float64"), ("NCHW", "NHWC")
     ):
-        if features == "bfloat16":
+        if dtype == "bfloat16":
             continue  # NumPy has none without another package
-        shape = (2, 3, 4, 5)
-        planes = cupy.empty(shape, features)
+        features = cupy.zeros((2, 3, 4, 5), dtype)
         if order == "NHWC":
-            planes = cupy.empty((2, 4, 5, 3), features).transpose(0, 3, 1, 2)
-        planes = backend._known(planes)
-        crops = backend._readable(cupy.empty(shape, grad), arrays.dtype_name(planes))
-        output = cupy.empty(shape, arrays.output_name(features))
-        for rule, each in itertools.product(RULES, (crops, output)):
-            taken = backend.cast(cupy.empty((1, 4), boxes), kernels.box_name(boxes))
-            asked.add(gpu_backend.types_of(*map(backend.view, (planes, each, taken)), rule))
-    assert asked <= known
-    assert {types for types in known if types.features != "bfloat16" and not types.large} == asked
+            features = cupy.zeros((2, 4, 5, 3), dtype).transpose(0, 3, 1, 2)
+        boxes = cupy.zeros((2, 4), box_dtype)
+        for dialect in Dialect:
+            rule = Rule(dialect, (2, 3), (0, 1, 2, 3))
+            backend.forward(features, boxes, indices, rule)
+            for grad_dtype in ("float16", "float32", "float64"):
+                arguments = (cupy.zeros((2, 3, 2, 3), grad_dtype), features, boxes, indices, rule)
+                backend.feature_gradient(*arguments)
+                backend.box_gradient(*arguments)
+    known = {(kernels.KERNELS[name], types) for name, types in kernels.instantiations()}
+    assert len(known) == len(kernels.instantiations())
+    assert {(file, types) for file, types in known if types.features != "bfloat16" and not types.large} == asked
 
 
 def test_the_same_bits_whatever_the_order_of_threads_and_blocks(cupy):

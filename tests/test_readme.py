@@ -68,6 +68,16 @@ def test_files_and_targets():
         assert f"\n{target}:" in targets
 
 
+def test_commands():
+    from cupy_roialign import __main__
+
+    named = re.findall(r"python -m cupy_roialign *(\w*) +#", README)
+    assert named == ["", "warmup"]
+    for name in named:
+        with pytest.raises(SystemExit, match="0"):
+            __main__.main([*name.split(), "--help"])
+
+
 def test_table_of_times_is_the_measured_one():
     from benchmarks.__main__ import markdown
 

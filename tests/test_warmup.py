@@ -1,0 +1,135 @@
+"""`python -m cupy_roialign warmup`: what it compiles, and what it says."""
+
+import argparse
+import re
+import sys
+
+import numpy as np
+import pytest
+
+import cupy_roialign as cr
+from cupy_roialign import __main__, kernels, warmup
+
+BOXES = np.array([[0.0, 0.0, 3.0, 3.0]])
+
+
+def chosen(*arguments):
+    parser = argparse.ArgumentParser()
+    warmup.add_arguments(parser)
+    found = warmup.chosen(parser.parse_args(arguments))
+    assert len(found) == len(set(found))
+    assert set(found) <= set(kernels.instantiations())
+    return {(kernels.KERNELS[name], types) for name, types in found}
+
+
+@pytest.fixture
+def asked(emulated, monkeypatch):
+    """Which kernels calls ask for; they are not run."""
+    found = set()
+
+    def kernel(name, types):
+        found.add((kernels.KERNELS[name], types))
+        return lambda grid, block, args: None
+
+    monkeypatch.setattr(kernels, "kernel", kernel)
+    return found
+
+
+def call(cupy, operator, dtype, box_dtype, channels_last, gradients):
+    features = cupy.zeros((1, 2, 4, 5), dtype)
+    if channels_last:
+        features = cupy.zeros((1, 4, 5, 2), dtype).transpose(0, 3, 1, 2)
+    boxes, indices = cupy.asarray(BOXES.astype(box_dtype)), cupy.zeros(1, np.int64)
+    place = {"batch_indices": indices} if operator == "roi_align" else {"box_indices": indices}
+    size = {"output_size" if operator == "roi_align" else "crop_size": (2, 3)}
+    output, pullback = cr.vjp(getattr(cr, operator), features, boxes, **place, **size)
+    if gradients:
+        pullback(output)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("order", ["contiguous", "channels-last"])
+@pytest.mark.parametrize("box_dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "uint8"])
+@pytest.mark.parametrize("operator", warmup.DIALECTS)
+def test_it_is_what_calls_ask_for(operator, dtype, box_dtype, order, gradients, asked, emulated):
+    call(emulated, operator, dtype, box_dtype, order == "channels-last", gradients)
+    options = ["--operator", operator, "--dtype", dtype, "--box-dtype", box_dtype, "--order", order]
+    assert chosen(*options, *([] if gradients else ["--inference"])) == asked
+
+
+def test_by_default_it_is_what_most_ask_for(asked, emulated):
+    for operator in warmup.DIALECTS:
+        for dtype in ("float32", "float16"):
+            for channels_last in (False, True):
+                call(emulated, operator, dtype, "float32", channels_last, gradients=True)
+    assert chosen() == asked
+    assert len(chosen("--large")) == 2 * len(asked)
+    assert len(chosen("--all")) == len(kernels.instantiations())
+
+
+def run(capsys, *arguments):
+    status = __main__.main(["warmup", *arguments])
+    return status, *capsys.readouterr()
+
+
+SMALL = ("--dtype", "float32", "--order", "contiguous", "--inference")
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_it_compiles(bar, cupy, capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("CUPY_CACHE_IN_MEMORY", raising=False)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    (tmp_path / "one.cubin").write_bytes(bytes(2**20))
+    if not bar:
+        monkeypatch.setitem(sys.modules, "tqdm", None)
+    compiled = []
+    kernel = kernels.kernel
+    monkeypatch.setattr(kernels, "kernel", lambda *asked: compiled.append(asked) or kernel(*asked))
+    status, output, progress = run(capsys, *SMALL)
+    assert status == 0
+    assert compiled == [("forward", kernels.Types(*["float32"] * 4, False, False))]
+    assert re.match(r"Kernels: 1, new: 0, in .* s\n", output)
+    assert f"CuPy's kernel cache: {tmp_path}, 1 files, 1.0 MiB\n" in output
+    assert ("1/1 [" in progress) if bar else (progress == "1/1 forward\n")
+
+
+def test_it_says_which_kernel_failed(emulated, capsys, monkeypatch):
+    monkeypatch.delenv("CUPY_CACHE_IN_MEMORY", raising=False)
+
+    def kernel(name, types):
+        raise RuntimeError("no headers; install them")
+
+    monkeypatch.setattr(kernels, "kernel", kernel)
+    status, output, error = run(capsys, *SMALL)
+    assert (status, output) == (1, "")
+    assert "forward for Types(features='float32'" in error
+    assert "no headers; install them" in error
+
+
+def test_without_a_cache(emulated, capsys, monkeypatch):
+    monkeypatch.setenv("CUPY_CACHE_IN_MEMORY", "1")
+    status, output, error = run(capsys)
+    assert (status, output) == (1, "")
+    assert "CUPY_CACHE_IN_MEMORY is 1" in error
+
+
+def test_without_cupy(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    status, output, error = run(capsys)
+    assert (status, output) == (1, "")
+    assert re.search(r"CuPy, which cannot be imported .*; .*pip install 'cupy_roialign\[cuda1\d\]'", error)
+
+
+def test_without_a_gpu(emulated, capsys, monkeypatch):
+    monkeypatch.setattr(emulated.cuda, "is_available", lambda: False)
+    status, output, error = run(capsys)
+    assert (status, output) == (1, "")
+    assert "CuPy finds no GPU" in error
+
+
+def test_wrong_options(capsys):
+    for options in (["--dtype", "int32"], ["--operator", "roi_pool"], ["--order", "NHWC"]):
+        with pytest.raises(SystemExit):
+            run(capsys, *options)
+        assert "invalid choice" in capsys.readouterr().err
