@@ -3,6 +3,8 @@
     program = torch.onnx.export(
         model, args, dynamo=True, custom_translation_table=cupy_roialign.onnx.translations()
     )
+
+What runs the exported model does not need this package.
 """
 
 from __future__ import annotations

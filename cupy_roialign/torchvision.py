@@ -71,8 +71,8 @@ class RoIAlign(torch.nn.Module):
 class patch:
     """Puts our `roi_align` where torchvision's is, in every module that has been imported; ``undo`` takes it back.
 
-    Modules of torchvision that call theirs (``MultiScaleRoIAlign``, ``RoIAlign``, the heads of its detection models) then
-    call ours, whenever the model was made. A program that was scripted or compiled before is not reached, and
+    Modules of torchvision that call theirs (``MultiScaleRoIAlign``, ``RoIAlign``, the heads of its detection models)
+    then call ours, whenever the model was made. A program that was scripted or compiled before is not reached, and
     torch.jit.script does not take ours.
 
     As a context manager it undoes itself at the end. Of several patches the last to be undone takes ours away.
