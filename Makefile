@@ -28,7 +28,7 @@ bench: $(READY) ## time the workloads on the CPU, beside torchvision where it is
 	@$(BIN)/python -m benchmarks
 
 docs: $(READY) ## build the guides and the API reference into out/site; a warning or a broken link is an error
-	@$(BIN)/python -m sphinx -W --keep-going -q docs out/site
+	@$(BIN)/python -m sphinx -E -W --keep-going -q docs out/site
 
 pictures: $(READY) ## draw the conventions of coordinates again, for the guides
 	@$(BIN)/python docs/draw_conventions.py
