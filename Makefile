@@ -43,7 +43,7 @@ test-gpu: ## with a GPU, and CuPy, torch and pytest in $(PYTHON): tests, compute
 	$(PYTHON) -m benchmarks.gpu --out $(RESULTS)
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .nox build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first: a package that wants any torch then leaves this one in place.

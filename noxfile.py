@@ -1,33 +1,33 @@
-"""The tests on each Python, and the checks: `nox`. Pythons that are not installed are left out.
+"""The tests on each Python that is installed, the checks, and the pages: `nox`, or `nox -s tests-3.12`.
 
-Sessions install as `make` does; TORCH names the build of torch, which must have a wheel for that Python.
+TORCH names the build of torch to install, as for make; where it is empty, tests that need torch are skipped.
 """
 
 import os
 
 import nox
 
-nox.needs_version = ">=2024.4.15"
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
 
-PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+TORCH = os.environ.get("TORCH", "torch")
 
 
-def install(session: nox.Session, extras: str) -> None:
-    session.install(os.environ.get("TORCH", "torch"))  # first, so that the build of torch stays
-    session.install("-e", f".[{extras}]")
+def install(session: nox.Session, *extras: str) -> None:
+    if TORCH:
+        session.install(TORCH)  # first: a package that wants any torch then leaves this one in place
+    session.install("-e", f".[{','.join(extras)}]")
 
 
-@nox.session(python=PYTHONS)
+@nox.session(python=["3.10", "3.11", "3.12", "3.13"])
 def tests(session: nox.Session) -> None:
-    install(session, "test,examples,docs")
+    install(session, "test", "examples", *(["docs"] if TORCH else []))
     session.run("python", "-m", "pytest", "-q", *session.posargs)
 
 
 @nox.session
 def check(session: nox.Session) -> None:
-    install(session, "test,examples,docs")
+    install(session, "test")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
@@ -36,4 +36,4 @@ def check(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     install(session, "docs")
-    session.run("python", "-m", "sphinx", "-W", "--keep-going", "-q", "docs", "out/site")
+    session.run("python", "-m", "sphinx", "-E", "-W", "--keep-going", "-q", "docs", "out/site")
