@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check bench clean
+.PHONY: help demo test test-gpu check bench docs pictures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,12 @@ check: $(READY) ## lint, format and types
 bench: $(READY) ## time the workloads on the CPU, beside torchvision where it is installed
 	@$(BIN)/python -m benchmarks
 
+docs: $(READY) ## build the guides and the API reference into out/site; a warning or a broken link is an error
+	@$(BIN)/python -m sphinx -E -W --keep-going -q docs out/site
+
+pictures: $(READY) ## draw the conventions of coordinates again, for the guides
+	@$(BIN)/python docs/draw_conventions.py
+
 SANITIZER ?= compute-sanitizer
 RESULTS ?= benchmarks/results
 
@@ -37,7 +43,7 @@ test-gpu: ## with a GPU, and CuPy, torch and pytest in $(PYTHON): tests, compute
 	$(PYTHON) -m benchmarks.gpu --out $(RESULTS)
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .nox build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first: a package that wants any torch then leaves this one in place.
@@ -46,5 +52,5 @@ $(READY): setup.cfg pyproject.toml
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[test,examples]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[test,examples,docs]'
 	@touch $(READY)

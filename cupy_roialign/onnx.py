@@ -1,8 +1,10 @@
-"""Export to ONNX, of which the operator RoiAlign says what `roi_align`, `roi_crop` and `crop_and_resize` do.
+"""Export to ONNX, whose operator RoiAlign can say what ``roi_align``, ``roi_crop`` and ``crop_and_resize`` do::
 
-program = torch.onnx.export(
-    model, args, dynamo=True, custom_translation_table=cupy_roialign.onnx.translations()
-)
+    program = torch.onnx.export(
+        model, args, dynamo=True, custom_translation_table=cupy_roialign.onnx.translations()
+    )
+
+What runs the exported model does not need this package.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ _FLOAT, _INT64, _DOUBLE = 1, 7, 11  # of ONNX's TensorProto.DataType
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """For ``torch.onnx.export(..., dynamo=True, custom_translation_table=...)``, opset 18 or newer; needs onnxscript.
 
-    `roi_align` becomes one RoiAlign (`half_pixel` if aligned, else `output_half_pixel`). The others become a RoiAlign
-    with one sample a bin, at the same positions within rounding, and the value outside of the image where a sample
-    leaves it: ONNX's own border is another. `crop_and_resize` by nearest neighbour raises NotImplementedError, since
-    RoiAlign has no such mode.
+    ``roi_align`` becomes one RoiAlign (``half_pixel`` if aligned, else ``output_half_pixel``). The others become a
+    RoiAlign with one sample a bin, at the same positions within rounding, and the value outside of the image where a
+    sample leaves it: ONNX's own border is another. ``crop_and_resize`` by nearest neighbour raises
+    NotImplementedError, since RoiAlign has no such mode.
     """
     import onnxscript
 

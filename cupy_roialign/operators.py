@@ -270,7 +270,8 @@ def vjp(operator: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any
 
     Args:
         operator: ``crop_and_resize``, ``roi_crop`` or ``roi_align``.
-        *args, **kwargs: its arguments.
+        *args: its arguments,
+        **kwargs: by place and by name.
 
     Returns:
         ``output, pullback``. ``pullback(grad_output)``, with the gradient of a loss to the output in the output's

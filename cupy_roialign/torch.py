@@ -1,4 +1,4 @@
-"""PyTorch: the operators under the names and signatures that its users call today.
+"""PyTorch: the operators under the names and signatures that its users call today::
 
     from cupy_roialign.torch import CropAndResize, RoIAlign, CropAndResizeFunction
     from cupy_roialign.torch import crop_and_resize, roi_crop, roi_align

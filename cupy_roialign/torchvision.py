@@ -1,4 +1,4 @@
-"""A drop-in for ``torchvision.ops``: its `roi_align` and `RoIAlign`, by name, signature and result.
+"""A drop-in for ``torchvision.ops``: its `roi_align` and `RoIAlign`, by name, signature and result::
 
     import cupy_roialign.torchvision as ops
 
@@ -69,10 +69,10 @@ class RoIAlign(torch.nn.Module):
 
 
 class patch:
-    """Puts our `roi_align` where torchvision's is, in every module that has been imported; `undo` takes it back.
+    """Puts our `roi_align` where torchvision's is, in every module that has been imported; ``undo`` takes it back.
 
-    Modules of torchvision that call theirs (`MultiScaleRoIAlign`, `RoIAlign`, the heads of its detection models) then
-    call ours, whenever the model was made. A program that was scripted or compiled before is not reached, and
+    Modules of torchvision that call theirs (``MultiScaleRoIAlign``, ``RoIAlign``, the heads of its detection models)
+    then call ours, whenever the model was made. A program that was scripted or compiled before is not reached, and
     torch.jit.script does not take ours.
 
     As a context manager it undoes itself at the end. Of several patches the last to be undone takes ours away.
@@ -109,9 +109,19 @@ class patch:
 
 
 @functools.wraps(roi_align)
-def _patched(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """A function of its own, so that it is known from a `roi_align` that someone imported from here."""
-    return roi_align(*args, **kwargs)
+def _patched(
+    input: torch.Tensor,
+    boxes: torch.Tensor | Sequence[torch.Tensor],
+    output_size: int | Sequence[int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+) -> torch.Tensor:
+    """A function of its own, so that it is known from a `roi_align` that someone imported from here.
+
+    Its parameters are named, because mmcv looks among the names in its code for ``aligned``.
+    """
+    return roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned)
 
 
 def _replace(old: Callable[..., Any] | None, new: Callable[..., Any] | None) -> None:

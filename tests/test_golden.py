@@ -71,6 +71,7 @@ def test_tensorflow(fields, backend):
     if "grad_image" in fields:
         tolerance.assert_close(grad_image.transpose(0, 2, 3, 1), fields["grad_image"], tolerance.GRADIENT[dtype])
     if attrs["method"] == "nearest":
+        np.testing.assert_array_equal(output.transpose(0, 2, 3, 1).astype(np.float32), fields["output"])
         np.testing.assert_array_equal(grad_boxes, 0)
     else:
         # On the others TensorFlow's backward places a sample elsewhere than its forward does.

@@ -66,7 +66,7 @@ def test_metadata(wheel):
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert len(required) == 1
     assert required[0].startswith("Requires-Dist: numpy")
-    for extra in ("cuda12", "cuda13", "torch", "examples", "test"):
+    for extra in ("cuda12", "cuda13", "torch", "onnx", "docs", "examples", "test"):
         assert f"Provides-Extra: {extra}" in metadata.splitlines()
     assert any(name.endswith("/licenses/LICENSE") for name in archive.namelist())
 

@@ -1,0 +1,39 @@
+"""The tests on each Python that is installed, the checks, and the pages: `nox`, or `nox -s tests-3.12`.
+
+TORCH names the build of torch to install, as for make; where it is empty, tests that need torch are skipped.
+"""
+
+import os
+
+import nox
+
+nox.options.error_on_missing_interpreters = False
+nox.options.reuse_existing_virtualenvs = True
+
+TORCH = os.environ.get("TORCH", "torch")
+
+
+def install(session: nox.Session, *extras: str) -> None:
+    if TORCH:
+        session.install(TORCH)  # first: a package that wants any torch then leaves this one in place
+    session.install("-e", f".[{','.join(extras)}]")
+
+
+@nox.session(python=["3.10", "3.11", "3.12", "3.13"])
+def tests(session: nox.Session) -> None:
+    install(session, "test", "examples", *(["docs"] if TORCH else []))
+    session.run("python", "-m", "pytest", "-q", *session.posargs)
+
+
+@nox.session
+def check(session: nox.Session) -> None:
+    install(session, "test")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    install(session, "docs")
+    session.run("python", "-m", "sphinx", "-E", "-W", "--keep-going", "-q", "docs", "out/site")
