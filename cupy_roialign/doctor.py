@@ -60,6 +60,7 @@ def gather() -> Facts:
             "platform": platform.platform(),
             "numpy": np.__version__,
             "scipy": _scipy(),
+            "threads": _threads(),
             "driver": {"cuda": cuda, "release": driver.release() if cuda else None, **gpus},
             "cupy": _cupy(answers),
             "torch": _torch(answers),
@@ -80,6 +81,13 @@ def _imported(name: str) -> tuple[Any, str | None]:
 def _scipy() -> Facts:
     scipy, error = _imported("scipy")
     return {"version": _version(scipy), "error": error}
+
+
+def _threads() -> Facts:
+    try:
+        return {"count": cr.get_num_threads(), "error": None}
+    except ValueError as error:
+        return {"count": None, "error": str(error)}
 
 
 def _version(module: Any) -> str | None:
@@ -236,6 +244,8 @@ def diagnose(facts: Facts, tests: dict[str, str | None]) -> list[Facts]:
         extra = problems.EXTRAS.get(f"cuda{cupy['built_for'][0]}")
         if extra and min(capabilities) < extra.capability:
             found[problems.old_gpu(cupy["built_for"], on)] = of_gpu
+    if facts["threads"]["error"]:
+        found[problems.threads(facts["threads"]["error"])] = ["numpy", "torch_cpu"]
     if torch["error"]:
         found[problems.no_torch(torch["error"])] = ["torch_cpu"]
     if len(cupy["distributions"]) > 1:
@@ -281,7 +291,9 @@ def _lines(facts: Facts) -> Iterator[str]:
     yield ""
     yield line("Python", f"{facts['python']} on {facts['platform']}")
     yield line("NumPy", facts["numpy"])
-    yield line("SciPy", library(facts["scipy"]))
+    none = "not installed: pip install 'cupy_roialign[cpu]' makes the CPU faster"
+    yield line("SciPy", facts["scipy"]["version"] or facts["scipy"]["error"] or none)
+    yield line("Threads", f"{facts['threads']['count'] or facts['threads']['error']}")
     yield line("PyTorch", library(torch, f", for CUDA {torch['cuda']}" if torch["cuda"] else ", without CUDA"))
     built_for = dotted(cupy["built_for"]) if cupy["built_for"] else "unknown"
     yield line("CuPy", library(cupy, f", for CUDA {built_for}: {', '.join(cupy['distributions']) or 'from source'}"))

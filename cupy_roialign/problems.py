@@ -196,6 +196,10 @@ def no_torch(error: str) -> Problem:
     return Problem("torch_broken", f"PyTorch cannot be imported ({error})", "install it again: https://pytorch.org")
 
 
+def threads(error: str) -> Problem:
+    return Problem("threads", error, "set it to how many threads a call on the CPU may use, or unset it")
+
+
 def self_test(kinds: str, error: str) -> Problem:
     what = f"the self-test on {kinds} fails ({error})"
     return Problem("self_test", what, "report it, with the output of python -m cupy_roialign --json")

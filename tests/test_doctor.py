@@ -34,6 +34,7 @@ def facts(cuda=None, gpus=(), error=None, cupy=None, torch=None, **environment):
         "platform": "Linux",
         "numpy": "2.0.0",
         "scipy": {"version": None, "error": None},
+        "threads": {"count": 2, "error": None},
         "driver": {"cuda": cuda, "release": cuda and "550.54.15", "devices": devices, "error": error},
         "cupy": no_cupy | (cupy or {}),
         "torch": {"version": None, "error": None, "cuda": None, "gpus": 0} | (torch or {}),
@@ -61,6 +62,12 @@ NO_FILE = 'catastrophic error: cannot open source file "vector_types.h"'
 # name: (facts, what failed in the self-test, {code: what it stops}, words of what to do)
 SITUATIONS = {
     "nothing": (facts(), {}, {}, ()),
+    "a wrong number of threads": (
+        facts() | {"threads": {"count": None, "error": "NUM_THREADS must be a whole number"}},
+        {},
+        {"threads": ["numpy", "torch_cpu"]},
+        ("unset it",),
+    ),
     "a GPU, and all is well": (facts((13, 0), [HOPPER], cupy=CUPY_13, torch=TORCH), {}, {}, ()),
     "CuPy and no driver": (facts(cupy=BLIND), {}, {"driver_missing": []}, ("docker run --gpus all",)),
     "CuPy is broken, and no driver": (
