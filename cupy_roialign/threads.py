@@ -42,7 +42,7 @@ def set_num_threads(count: int | None) -> None:
     Results are the same to the bit whatever the number.
 
     Raises:
-        TypeError, ValueError: `count` is not an int from 1 on.
+        TypeError, ValueError: ``count`` is not an int from 1 on.
     """
     global _chosen
     if count is not None:
