@@ -8,13 +8,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check bench docs pictures clean
+.PHONY: help demo notebooks test test-gpu check bench docs pictures clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## crop a real photo in every dialect, write the picture, say what was done
 	@$(BIN)/python examples/crops.py
+
+notebooks: $(READY) ## run the notebooks in examples/ and keep their outputs
+	@$(BIN)/python -m tests.notebooks
 
 test: $(READY) ## run the whole test suite
 	@$(BIN)/python -m pytest -q

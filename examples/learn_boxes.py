@@ -11,9 +11,6 @@ The photo is the astronaut that scikit-image ships.
 import argparse
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.patches import Rectangle
@@ -30,29 +27,42 @@ STEP = 2.0  # pixels, at the largest blur
 
 
 def crop(image: torch.Tensor, box: torch.Tensor) -> torch.Tensor:
-    return cr.roi_crop(image, box[None], torch.tensor([0]), SIZE)
+    return cr.roi_crop(image, box[None], torch.zeros(1, dtype=torch.int64, device=box.device), SIZE)
+
+
+def blurred(photo: torch.Tensor, blur: float) -> torch.Tensor:
+    """`photo`: (1, 3, H, W)."""
+    if blur == 0:
+        return photo
+    return torch.from_numpy(gaussian(photo[0].cpu().numpy(), sigma=blur, channel_axis=0))[None].to(photo.device)
+
+
+def descend(
+    image: torch.Tensor, target: torch.Tensor, start: torch.Tensor, steps: int, step: float
+) -> list[tuple[torch.Tensor, float]]:
+    """The box and the loss before each of so many steps, of so many pixels at first, and the box after the last."""
+    box = start.clone().requires_grad_()
+    wanted = crop(image, target)
+    optimizer = torch.optim.Adam([box], lr=step)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    way = []
+    for _ in range(steps):
+        loss = (crop(image, box) - wanted).square().mean() / wanted.var()
+        optimizer.zero_grad()
+        loss.backward()
+        way.append((box.detach().clone(), loss.item()))
+        optimizer.step()
+        schedule.step()
+    return [*way, (box.detach(), loss.item())]
 
 
 def find(photo: torch.Tensor, target: torch.Tensor, start: torch.Tensor) -> list[tuple[torch.Tensor, float, float]]:
     """The way of the box: (x1, y1, x2, y2), the loss and the blur at each step. `photo`: (1, 3, H, W)."""
-    box = start.clone().requires_grad_()
-    way = []
+    way, box, loss = [], start, 0.0
     for blur, steps in BLURS:
-        image = photo
-        if blur:
-            image = torch.from_numpy(gaussian(photo[0].numpy(), sigma=blur, channel_axis=0))[None]
-        wanted = crop(image, target)
-        optimizer = torch.optim.Adam([box], lr=STEP * max(blur, 2.0) / BLURS[0][0])
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(steps):
-            loss = (crop(image, box) - wanted).square().mean() / wanted.var()
-            optimizer.zero_grad()
-            loss.backward()
-            way.append((box.detach().clone(), loss.item(), blur))
-            optimizer.step()
-            schedule.step()
-    way.append((box.detach().clone(), loss.item(), 0.0))
-    return way
+        *before, (box, loss) = descend(blurred(photo, blur), target, box, steps, STEP * max(blur, 2.0) / BLURS[0][0])
+        way += [(*state, blur) for state in before]
+    return [*way, (box, loss, 0.0)]
 
 
 def draw(photo: torch.Tensor, target: torch.Tensor, way: list[tuple[torch.Tensor, float, float]], path: Path) -> None:
@@ -95,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("out/learn_boxes.png"), help="where to write the picture")
     path = parser.parse_args().output
+    plt.switch_backend("agg")
 
     photo = torch.from_numpy(data.astronaut() / 255.0).permute(2, 0, 1)[None]  # channels-last: a view
     target, start = (torch.tensor(box, dtype=torch.float64) for box in (TARGET, START))
