@@ -24,6 +24,10 @@ EVERY_SAMPLE = 16
 """Up to so many samples a bin, all are tried; beyond, first the range that can lie inside is computed."""
 
 
+FEW = 1000
+"""So many samples too many are tried in less time than it takes to leave them out."""
+
+
 class Dialect(enum.IntEnum):
     """How a box is read. README shows each by an example."""
 
@@ -185,7 +189,8 @@ def resolve(rule: Rule, boxes: np.ndarray, axis: int, size: int) -> Axis:
                 start_slope, growth = (unit, 0.0), np.full(len(boxes), unit / (bins - 1))
             else:
                 start_slope, growth = (0.5 * unit, 0.5 * unit), np.zeros(len(boxes))
-    samples[~finite_boxes(rule, boxes)] = 0
+    if not np.isfinite(boxes).all():
+        samples[~finite_boxes(rule, boxes)] = 0
     return Axis(start, step, samples, start_slope, (-growth, growth))
 
 
@@ -194,26 +199,52 @@ def inside_samples(rule: Rule, axis: Axis, part: Part, size: int) -> Samples:
 
     At most about 2*size + 2*bins a box, however many its bins hold, unless `sampling_ratio` asks for more.
     """
-    real = axis.start.dtype.type
-    bins = len(part.bins)
     with np.errstate(all="ignore"):
         origin = _origins(axis, part.bins)
-        first, stop = _candidates(rule, axis, origin, size)
-        first = np.maximum(first, part.first)
-        stop = np.clip(stop, first, part.stop)
-        origin = origin.ravel()
-        count = (stop - first).ravel()
-        row = np.repeat(np.arange(count.size), count)
-        before = np.cumsum(count) - count
-        index = np.arange(row.size) - (before - first.ravel())[row]
-        box = row // bins
-        within = ((index.astype(real) + real(rule.offset)) * axis.bin[box]) / axis.samples[box].astype(real)
-        position = origin[row] + within
-        # `>=` and `<=`, so that a position that is NaN is outside.
-        inside = (position >= -1) & (position <= size) if rule.clamps else (position >= 0) & (position <= size - 1)
-    row, index, position = row[inside], index[inside], position[inside]
-    box, bin_ = np.divmod(row, bins)
-    return Samples(box, bin_ + part.bins.start, index, *_taps(rule, position, size))
+        most = int(axis.samples.max(initial=0))
+        whole = part.first == 0 and part.stop >= most
+        if whole and most <= EVERY_SAMPLE and most * len(axis.start) <= 2 * axis.samples.sum() + FEW:
+            # a grid, of which boxes with fewer samples than others use a part
+            index = np.arange(most)
+            position = _positions(rule, origin[..., None], index, axis.bin[:, None, None], axis.samples[:, None, None])
+            inside = _inside(rule, position, size)
+            if not (axis.samples == most).all():
+                inside &= index < axis.samples[:, None, None]
+            box, bin_, number = np.nonzero(inside)
+            position = position[inside]
+        else:
+            first, stop = _candidates(rule, axis, origin, size)
+            first = np.maximum(first, part.first)
+            stop = np.clip(stop, first, part.stop)
+            count = (stop - first).ravel()
+            row = np.repeat(np.arange(count.size), count)
+            before = np.cumsum(count) - count
+            number = np.arange(row.size) - (before - first.ravel())[row]
+            box = row // len(part.bins)
+            position = _positions(rule, origin.ravel()[row], number, axis.bin[box], axis.samples[box])
+            inside = _inside(rule, position, size)
+            row, number, position = row[inside], number[inside], position[inside]
+            box, bin_ = np.divmod(row, len(part.bins))
+    return Samples(box, bin_ + part.bins.start, number, *_taps(rule, position, size))
+
+
+def _positions(
+    rule: Rule, origin: np.ndarray, number: np.ndarray, bin: np.ndarray, samples: np.ndarray
+) -> np.ndarray:
+    """Where the samples of these numbers lie in bins that begin at `origin`."""
+    real = origin.dtype.type
+    positions: np.ndarray = origin + ((number.astype(real) + real(rule.offset)) * bin) / samples.astype(real)
+    return positions
+
+
+def _inside(rule: Rule, position: np.ndarray, size: int) -> np.ndarray:
+    """Whether positions lie inside the image; those that are NaN do not."""
+    inside: np.ndarray
+    if rule.clamps:
+        inside = (position >= -1) & (position <= size)
+    else:
+        inside = (position >= 0) & (position <= size - 1)
+    return inside
 
 
 def most_samples(rule: Rule, axis: Axis, bins: int, size: int) -> np.ndarray:

@@ -57,7 +57,8 @@ def forward(
     if output.size:
         for way, numbers in _ways(job):
             way.forward(job, numbers, features, output)
-        output[~geometry.finite_boxes(rule, job.boxes)] = np.nan
+        if not np.isfinite(job.boxes).all():
+            output[~geometry.finite_boxes(rule, job.boxes)] = np.nan
     return output
 
 
@@ -102,7 +103,8 @@ def box_gradient(
     if grad_output.size and not rule.nearest:
         for way, numbers in _ways(job):
             way.box_gradient(job, numbers, grad_output, features, gradient)
-    gradient[np.ix_(~geometry.finite_boxes(rule, job.boxes), np.array(rule.columns))] = np.nan
+    if not np.isfinite(job.boxes).all():
+        gradient[np.ix_(~geometry.finite_boxes(rule, job.boxes), np.array(rule.columns))] = np.nan
     return gradient.astype(boxes.dtype.newbyteorder("="), copy=False)
 
 

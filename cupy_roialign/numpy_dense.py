@@ -8,6 +8,7 @@ read, as many channels at a time as the workspace holds.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -252,22 +253,17 @@ class _Plan(NamedTuple):
         job, rule, sizes = self.job, self.job.rule, self.job.shape[2:]
         order = self.numbers[np.argsort(job.batch_indices[self.numbers], kind="stable")]
         axes = [axis.of(order) for axis in job.axes]
-        along_y, along_x = (AxisWeights.estimate_bytes(rule, axes[a], rule.bins[a], sizes[a]) for a in (0, 1))
-        cost = (along_y + along_x) * (1 + len(job.directions))
+        whole = [geometry.Part(range(bins)) for bins in rule.bins]
+        each = [AxisWeights.estimate_bytes(rule, axes[a], rule.bins[a], sizes[a]) for a in (0, 1)]
+        cost = (each[0] + each[1]) * ((1 + len(job.directions)) / numpy_job.WORKSPACE)
         if job.shape[1] * math.prod(rule.bins) * job.dtype.itemsize > numpy_job.WORKSPACE:
             cost[:] = math.inf
-        ends = np.cumsum(np.minimum(cost, 2 * numpy_job.WORKSPACE))
-        start = 0
-        while start < len(order):
-            limit = numpy_job.WORKSPACE + (ends[start - 1] if start else 0)
-            some = slice(start, max(start + 1, int(np.searchsorted(ends, limit))))
+        for some in numpy_job.runs(cost):
             chosen, part = order[some], [axis.of(some) for axis in axes]
-            if cost[start] <= numpy_job.WORKSPACE:
-                whole = [geometry.Part(range(bins)) for bins in rule.bins]
+            if cost[some.start] <= 1:
                 yield self._chunk(chosen, part, [self._weights(part, axis, whole[axis]) for axis in (0, 1)])
             else:
                 yield from self._cut(chosen, part)
-            start = some.stop
 
     def _weights(self, axes: list[geometry.Axis], axis: int, part: geometry.Part) -> AxisWeights:
         return AxisWeights(Taps(self.job.rule, axes[axis], part, self.job.shape[2 + axis]), self.job.dtype)
@@ -295,33 +291,31 @@ class _Plan(NamedTuple):
     def _chunk(self, chosen: np.ndarray, axes: list[geometry.Axis], weights: list[AxisWeights]) -> _Chunk:
         channels, itemsize = self.job.shape[1], self.job.dtype.itemsize
         layout, images = _Layout.of(channels), self.job.batch_indices[chosen]
-        touches = (weights[0].counts > 0) & (weights[1].counts > 0)
         terms = self._terms(chosen, axes, weights)
+        numbers, images = chosen.tolist(), images.tolist()
+        counts, first, stop = ([getattr(w, name).tolist() for w in weights] for name in ("counts", "first", "stop"))
+        active = [place for place in range(len(numbers)) if counts[0][place] and counts[1][place]]
         pieces = []
-        active = np.flatnonzero(touches)
-        borders = np.flatnonzero(np.diff(images[active], prepend=-1)) if active.size else active
-        for places in np.split(active, borders[1:]):
-            if not places.size:
-                continue
-            image = int(images[places[0]])
-            low = [int(w.first[places].min()) for w in weights]
-            high = [int(w.stop[places].max()) for w in weights]
+        for image, same in itertools.groupby(active, images.__getitem__):
+            places = list(same)
+            low = [min(along[place] for place in places) for along in first]
+            high = [max(along[place] for place in places) for along in stop]
             window = layout.at([slice(a, b) for a, b in zip(low, high, strict=True)])
             area = (high[0] - low[0]) * (high[1] - low[1])
             members = [
                 _Box(
-                    number,
+                    numbers[place],
                     place,
                     (weights[0].pixels(place, low[0]), weights[1].pixels(place, low[1])),
                     [(along_y[place], along_x[place]) for along_y, along_x in terms],
                 )
-                for number, place in zip(chosen[places].tolist(), places.tolist(), strict=True)
+                for place in places
             ]
-            crowded = int((weights[0].counts[places] * weights[1].counts[places]).sum()) >= area
+            crowded = sum(counts[0][place] * counts[1][place] for place in places) >= area
             at_once = max(1, numpy_job.WORKSPACE // (area * itemsize))
             for start in range(0, channels, at_once):
                 pieces.append(_Piece(image, slice(start, start + at_once), window, crowded, members))
-        return _Chunk(chosen, axes, weights, pieces, chosen[~touches])
+        return _Chunk(chosen, axes, weights, pieces, chosen[(weights[0].counts == 0) | (weights[1].counts == 0)])
 
     def _terms(
         self, chosen: np.ndarray, axes: list[geometry.Axis], weights: list[AxisWeights]

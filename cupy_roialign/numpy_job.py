@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,3 +57,18 @@ def fill_outside(
     partly = ~(inside_y.all(axis=1) & inside_x.all(axis=1))
     for place in np.flatnonzero(partly).tolist():
         np.copyto(output[numbers[place]], number, where=~(inside_y[place][:, None] & inside_x[place]))
+
+
+def runs(cost: np.ndarray) -> Iterator[slice]:
+    """Runs of boxes that cost 1 together, or of a single one that costs more."""
+    if cost.sum() <= 1:
+        if len(cost):
+            yield slice(0, len(cost))
+        return
+    ends = np.cumsum(np.minimum(cost, 2))
+    start = 0
+    while start < len(cost):
+        limit = 1 + (ends[start - 1] if start else 0)
+        stop = max(start + 1, int(np.searchsorted(ends, limit, "right")))
+        yield slice(start, stop)
+        start = stop

@@ -361,11 +361,11 @@ def _chunks(job: Job, numbers: np.ndarray, whole: bool) -> Iterator[_Chunk]:
         places[1:] = [_tile(*one) for one in zip(job.axes, job.rule.bins, job.shape[2:], strict=True)]
         numbers = numbers[np.lexsort(places[::-1, numbers])]
     samples = (job.samples[0] + job.samples[1])[numbers]
-    for some in _runs(samples * (SAMPLE_BYTES / numpy_job.WORKSPACE)):
+    for some in numpy_job.runs(samples * (SAMPLE_BYTES / numpy_job.WORKSPACE)):
         boxes = _Boxes(job, numbers[some])
         cost = np.maximum(boxes.entries * ENTRY_BYTES, math.prod(job.rule.bins) * BLOCK_BYTES) / numpy_job.WORKSPACE
         if whole:
-            for run in _runs(cost):
+            for run in numpy_job.runs(cost):
                 yield _Chunk(boxes, run, _all_pixels(job.shape), places[0, boxes.numbers[run]])
         else:
             yield from _chunks_in_windows(boxes, places[:, boxes.numbers], cost)
@@ -390,7 +390,7 @@ def _chunks_in_windows(boxes: _Boxes, places: np.ndarray, cost: np.ndarray) -> I
     begins = _changes(bounds)
     extent = stop - first
     pixels = extent[0] * extent[1]
-    for run in _runs(cost + begins * pixels / most):
+    for run in numpy_job.runs(cost + begins * pixels / most):
         opens = begins[run].copy()
         opens[0] = True
         ends = np.cumsum(pixels[run][opens])
@@ -406,17 +406,6 @@ def _changes(rows: np.ndarray) -> np.ndarray:
     changes = np.ones(rows.shape[1], bool)
     np.any(rows[:, 1:] != rows[:, :-1], axis=0, out=changes[1:])
     return changes
-
-
-def _runs(cost: np.ndarray) -> Iterator[slice]:
-    """Runs of boxes that cost 1 together, or of a single one that costs more."""
-    ends = np.cumsum(cost)
-    start = 0
-    while start < len(cost):
-        limit = 1 + (ends[start - 1] if start else 0)
-        stop = max(start + 1, int(np.searchsorted(ends, limit, "right")))
-        yield slice(start, stop)
-        start = stop
 
 
 def _tile(axis: geometry.Axis, bins: int, size: int) -> np.ndarray:

@@ -15,6 +15,9 @@ BLOCK = 16
 DENSE = 0.75
 """Share of the pixels between a box's first and last from which on all of them are taken, as one slice."""
 
+NARROW = 64
+"""So many pixels from a box's first to its last are all taken, without a look at which of them it touches."""
+
 Pixels = slice | np.ndarray
 
 
@@ -95,28 +98,35 @@ class AxisWeights:
         self.taps = taps
         self.dtype = dtype
 
-        # The pixels of each box, and each tap's place among them.
+        # The pixels of each box, and each tap's place among them: all between first and last, or the touched ones.
         self.first, self.stop = span(taps.box, taps.low, taps.high, count)
         extent = self.stop - self.first
-        origin = np.cumsum(extent) - extent
-        shift = (origin - self.first)[taps.box]
-        touched = np.zeros(int(extent.sum()), bool)
-        touched[taps.low + shift] = touched[taps.high + shift] = True
-        rank = np.concatenate([[0], np.cumsum(touched)])
-        dense = rank[origin + extent] - rank[origin] >= DENSE * extent
-        touched |= np.repeat(dense, extent)
-        rank = np.concatenate([[0], np.cumsum(touched)])
-        begin, end = rank[origin], rank[origin + extent]
-        pixel = np.flatnonzero(touched) - np.repeat(origin - self.first, end - begin)
-        self._pixel, self._dense, self._begin, self._end = pixel, dense.tolist(), begin.tolist(), end.tolist()
-        self.counts = end - begin  # (K,) pixels a box
-        low = rank[taps.low + shift] - begin[taps.box]
-        high = rank[taps.high + shift] - begin[taps.box]
+        self.counts = extent  # (K,) pixels a box
+        self._touched: list[np.ndarray | None] = [None] * count
+        low, high = taps.low - self.first[taps.box], taps.high - self.first[taps.box]
+        if extent.max(initial=0) > NARROW:
+            origin = np.cumsum(extent) - extent
+            shift = origin[taps.box]
+            touched = np.zeros(int(extent.sum()), bool)
+            touched[low + shift] = touched[high + shift] = True
+            rank = np.concatenate([[0], np.cumsum(touched)])
+            sparse = (extent > NARROW) & (rank[origin + extent] - rank[origin] < DENSE * extent)
+            touched |= np.repeat(~sparse, extent)
+            rank = np.concatenate([[0], np.cumsum(touched)])
+            begin = rank[origin]
+            self.counts = rank[origin + extent] - begin
+            low, high = rank[low + shift] - begin[taps.box], rank[high + shift] - begin[taps.box]
+            for box in np.flatnonzero(sparse).tolist():
+                part = touched[origin[box] : origin[box] + extent[box]]
+                self._touched[box] = np.flatnonzero(part) + self.first[box]
 
         # The matrices of all boxes, one after another in one flat array, and each tap's place in it.
         per_box = -(-bins // BLOCK)
-        block = taps.box * per_box + taps.bin // BLOCK
-        left, right = span(block, low, high, count * per_box)
+        if per_box == 1:
+            left, right, block = np.zeros_like(self.counts), self.counts, taps.box
+        else:
+            block = taps.box * per_box + taps.bin // BLOCK
+            left, right = span(block, low, high, count * per_box)
         width = right - left
         heights = np.minimum(BLOCK, bins - BLOCK * np.arange(per_box))
         area = width * np.tile(heights, count)
@@ -157,8 +167,10 @@ class AxisWeights:
 
     def pixels(self, box: int, origin: int) -> Pixels:
         """The pixels that a box touches, counted from `origin`."""
-        pixel = self._pixel[self._begin[box] : self._end[box]] - origin
-        return slice(int(pixel[0]), int(pixel[-1]) + 1) if self._dense[box] else pixel
+        touched = self._touched[box]
+        if touched is None:
+            return slice(int(self.first[box]) - origin, int(self.stop[box]) - origin)
+        return touched - origin
 
     def scatter(self, at_low: np.ndarray, at_high: np.ndarray) -> np.ndarray:
         """All matrices as one flat array, from a value for each tap; summed in the order of the samples, in float64."""
