@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,7 +32,7 @@ def get_num_threads() -> int:
         return _chosen
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
-        torch = sys.modules.get("torch")
+        torch: Any = sys.modules.get("torch")
         most = torch.get_num_threads() if hasattr(torch, "get_num_threads") else _usable_cpus()
         return min(most, _usable_cpus())
     if not text.isdecimal() or int(text) < 1:
