@@ -158,6 +158,19 @@ def test_opcheck(count):
     torch.library.opcheck(ops.to_boxes, (grad, f, *at, *rule))
 
 
+def test_opcheck_where_nothing_is_left():
+    """A third derivative along the boxes: zeros, in the memory order of the features like all else."""
+    f, b = (tensor.detach() for tensor in inputs())
+    f = f.contiguous(memory_format=torch.channels_last)
+    at = (b, INDICES, [torch.rand(2, 4)] * 3)
+    crops = torch.ops.cupy_roialign.crops(f, *at, *RULE)
+    assert not crops.any()
+    assert crops.is_contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(torch.ops.cupy_roialign.crops, (f, *at, *RULE), test_utils="test_faketensor")
+    gradient = (torch.rand(2, 5, 3, 4), [2, 5, 8, 11], True, torch.float32)
+    torch.library.opcheck(torch.ops.cupy_roialign.to_features, (*gradient, *at, *RULE), test_utils="test_faketensor")
+
+
 RULE = (3, [3, 4], [1, 0, 3, 2], 0.9, 2, True, False, 0.0)
 
 
