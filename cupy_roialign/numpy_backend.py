@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from cupy_roialign import arrays, geometry, numpy_dense, validation
+from cupy_roialign import arrays, geometry, numpy_dense, numpy_sparse, validation
 from cupy_roialign.numpy_job import Job
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -108,31 +108,21 @@ def box_gradient(
     return gradient.astype(boxes.dtype.newbyteorder("="), copy=False)
 
 
-FEW_CHANNELS = 16
-"""Below, a row of channels is too short to be worth an entry of a sparse matrix."""
+SPARSE: bool | None = None
+"""Whether boxes are worked on as a sparse matrix, where they can be. None: where that is faster."""
 
 
 def _ways(job: Job) -> Iterator[tuple[Any, np.ndarray]]:
     """How to work on which boxes."""
     numbers = np.arange(len(job.boxes))
-    sparse = _sparse() if job.shape[1] >= FEW_CHANNELS else None
-    if sparse is None:
+    sparse = numpy_sparse.is_faster(job) if SPARSE is None else SPARSE
+    if not sparse or not numpy_sparse.is_installed():
         yield numpy_dense, numbers
         return
-    suited = sparse.suits(job)
-    yield sparse, numbers[suited]
+    suited = numpy_sparse.suits(job)
+    yield numpy_sparse, numbers[suited]
     if not suited.all():
         yield numpy_dense, numbers[~suited]
-
-
-@functools.cache
-def _sparse() -> Any:
-    """numpy_sparse.py, imported where there is use for it: that takes SciPy longer than NumPy."""
-    try:
-        from cupy_roialign import numpy_sparse
-    except ImportError:  # SciPy is not installed, or not for this NumPy
-        return None
-    return numpy_sparse
 
 
 def _job(

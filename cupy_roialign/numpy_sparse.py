@@ -7,16 +7,16 @@ into that order, a few channels at a time, so that it stays in the cache meanwhi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import sparse
 
 from cupy_roialign import arrays, geometry, numpy_job, threads
 from cupy_roialign.numpy_job import Job, fill_outside
-from cupy_roialign.numpy_weights import AxisRows, Pixels, Taps, count_of, some_of, span
+from cupy_roialign.numpy_weights import BLOCK, AxisRows, Pixels, Taps, count_of, some_of, span
 
 ENTRY_BYTES = 64
 """Of an entry of the matrix, while it is made."""
@@ -49,16 +49,55 @@ Edge = tuple[int, int]
 """An edge of each box: its axis, and whether it is the lower (0) or upper one (1)."""
 
 
+# Nanoseconds that a forward pass takes, beside what both ways take: fitted to measured times (benchmarks/README.md).
+CALL_NS, ENTRY_NS = 200_000, 20
+DENSE_BOX_NS, DENSE_BLOCK_NS, DENSE_PIXEL_NS, DENSE_PRODUCT_NS = 16_000, 2_500, 0.4, 0.02
+
+
+def is_faster(job: Job) -> bool:
+    """Whether a sparse matrix of all boxes is made in less time than products of dense ones for each would take."""
+    count, channels = len(job.boxes), job.shape[1]
+    per_box = DENSE_BOX_NS + DENSE_BLOCK_NS * sum(-(-bins // BLOCK) for bins in job.rule.bins)
+    per_pixel = channels * (DENSE_PIXEL_NS + DENSE_PRODUCT_NS * min(BLOCK, max(job.rule.bins)))
+    if count * (per_box + per_pixel * math.prod(job.shape[2:])) < CALL_NS:
+        return False  # which is known without a look at the boxes
+    entries, pixels = _estimates(job)
+    return bool(CALL_NS + ENTRY_NS * entries.sum() < count * per_box + per_pixel * pixels.sum())
+
+
 def suits(job: Job) -> np.ndarray:
     """(K,) bool: the boxes that have few enough samples and entries, and lie in few enough pixels."""
+    entries, pixels = _estimates(job)
+    costs = np.maximum(entries * ENTRY_BYTES, pixels * BLOCK_BYTES)
+    costs = np.maximum(costs, (job.samples[0] + job.samples[1]) * SAMPLE_BYTES)
+    return np.maximum(costs, math.prod(job.rule.bins) * BLOCK_BYTES) <= numpy_job.WORKSPACE
+
+
+def _estimates(job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """(K,) and (K,): at most about how many entries of the matrix, and pixels, a box has."""
     entries, pixels = 1.0, 1.0
     for axis, samples, bins, size in zip(job.axes, job.samples, job.rule.bins, job.shape[2:], strict=True):
         pitch = np.abs(axis.bin)
         entries = entries * np.fmin(2 * samples, bins * (pitch + 3))
         pixels = pixels * np.fmin(size, bins * pitch + 3)
-    costs = np.maximum(entries * ENTRY_BYTES, pixels * BLOCK_BYTES)
-    costs = np.maximum(costs, (job.samples[0] + job.samples[1]) * SAMPLE_BYTES)
-    return np.maximum(costs, math.prod(job.rule.bins) * BLOCK_BYTES) <= numpy_job.WORKSPACE
+    return np.asarray(entries), np.asarray(pixels)
+
+
+@functools.cache
+def is_installed() -> bool:
+    """Whether SciPy is, for this NumPy. It takes longer to import than NumPy, so only where there is use for it."""
+    try:
+        _scipy()
+    except ImportError:
+        return False
+    return True
+
+
+@functools.cache
+def _scipy() -> Any:
+    from scipy import sparse
+
+    return sparse
 
 
 def forward(job: Job, numbers: np.ndarray, features: np.ndarray, output: np.ndarray) -> None:
@@ -266,7 +305,7 @@ class _Chunk:
         kept = values != 0
         begin = np.concatenate([[0], np.cumsum(kept)])[self._begin].astype(np.int32)
         shape = (len(begin) - 1, self._windows[-1].columns.stop)
-        return sparse.csr_array((values[kept], self._column[kept], begin), shape=shape)
+        return _scipy().csr_array((values[kept], self._column[kept], begin), shape=shape)
 
     @property
     def without_sample(self) -> np.ndarray:
@@ -489,7 +528,7 @@ def _rows(matrix: Any, start: int, stop: int) -> Any:
     begin = matrix.indptr[start : stop + 1]
     entries = slice(begin[0], begin[-1])
     shape = (stop - start, matrix.shape[1])
-    return sparse.csr_array((matrix.data[entries], matrix.indices[entries], begin - begin[0]), shape=shape)
+    return _scipy().csr_array((matrix.data[entries], matrix.indices[entries], begin - begin[0]), shape=shape)
 
 
 def _to_pixels(target: np.ndarray, source: np.ndarray) -> None:

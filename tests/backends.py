@@ -20,7 +20,7 @@ class NumpyBackend:
 
     def __init__(self, sparse):
         self.name = "numpy-sparse" if sparse else "numpy"
-        self.few_channels = 0 if sparse else 10**9
+        self.sparse = sparse
         if sparse:
             pytest.importorskip("scipy")
 
@@ -33,7 +33,7 @@ class NumpyBackend:
             return operator(*args, **kwargs)
 
     def way(self):
-        return unittest.mock.patch.object(numpy_backend, "FEW_CHANNELS", self.few_channels)
+        return unittest.mock.patch.object(numpy_backend, "SPARSE", self.sparse)
 
     def _vjp(self, operator, features, boxes, *args, cotangent=None, **kwargs):
         """Output, gradient to the features and to the boxes (None without a cotangent)."""
