@@ -228,9 +228,7 @@ def inside_samples(rule: Rule, axis: Axis, part: Part, size: int) -> Samples:
     return Samples(box, bin_ + part.bins.start, number, *_taps(rule, position, size))
 
 
-def _positions(
-    rule: Rule, origin: np.ndarray, number: np.ndarray, bin: np.ndarray, samples: np.ndarray
-) -> np.ndarray:
+def _positions(rule: Rule, origin: np.ndarray, number: np.ndarray, bin: np.ndarray, samples: np.ndarray) -> np.ndarray:
     """Where the samples of these numbers lie in bins that begin at `origin`."""
     real = origin.dtype.type
     positions: np.ndarray = origin + ((number.astype(real) + real(rule.offset)) * bin) / samples.astype(real)
@@ -239,11 +237,8 @@ def _positions(
 
 def _inside(rule: Rule, position: np.ndarray, size: int) -> np.ndarray:
     """Whether positions lie inside the image; those that are NaN do not."""
-    inside: np.ndarray
-    if rule.clamps:
-        inside = (position >= -1) & (position <= size)
-    else:
-        inside = (position >= 0) & (position <= size - 1)
+    low, high = (-1, size) if rule.clamps else (0, size - 1)
+    inside: np.ndarray = (position >= low) & (position <= high)
     return inside
 
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_roialign import geometry, numpy_job
+from cupy_roialign import geometry, numpy_job, threads
 from cupy_roialign.numpy_job import Job, fill_outside
-from cupy_roialign.numpy_weights import AxisWeights, Block, Pixels, Taps
+from cupy_roialign.numpy_weights import BLOCK, AxisWeights, Block, Pixels, Taps
 
 PIXELS_AT_ONCE = 256
 """Pixels on their way to planes that lie in a small buffer."""
@@ -25,30 +25,40 @@ PIXELS_AT_ONCE = 256
 FEW_CHANNELS = 16
 """Below, an image is worked on as planes, (C, H, W); from here on as pixels, (H, W, C)."""
 
-Product = Callable[[np.ndarray, int, np.ndarray], np.ndarray]
+WORTH_SHARING = 200_000
+"""Multiplications of a box from which on boxes are shared out among threads."""
+
+Product = Callable[..., np.ndarray]
 
 
 def forward(job: Job, numbers: np.ndarray, features: np.ndarray, output: np.ndarray) -> None:
     """Writes the crops of some boxes."""
-    layout = _Layout.of(job.shape[1])
+    layout, total = _Layout.of(job.shape[1]), None
     for chunk in _Plan(job, numbers).chunks():
         target = chunk.of(output)
         if chunk.is_first:
             target[chunk.empty] = 0
         if chunk.is_part and chunk.is_first:
             total = np.zeros(target.shape[1:], job.dtype)
+        so_far = total if chunk.is_part else None  # of the parts of a box
         for piece in chunk.pieces:
             source = _Source(features, layout, piece, job.dtype)
-            for box in piece.boxes:
+
+            def take(
+                box: _Box, piece: _Piece = piece, source: _Source = source, target: Any = target, so_far: Any = so_far
+            ) -> None:
                 window = source.level_window(box) if job.directions else source.window(box)
-                crop = _resample(window, job.dtype, box.terms, layout.axes, _product)
-                if not _is_finite(crop):
-                    crop = _resample(window, job.dtype, box.terms, layout.axes, _exact_product)
-                if chunk.is_part:
-                    so_far = layout.view(total[piece.channels])
-                    so_far += crop
-                    crop = so_far
-                _write(layout.view(target[box.number, piece.channels]), crop)
+                place = layout.view(target[box.number, piece.channels])
+                at_once = so_far is None and place.dtype == job.dtype and _blas_reads(place)
+                crop = _crop(window, job.dtype, box.terms, layout.axes, place if at_once else None)
+                if so_far is not None:
+                    sums = layout.view(so_far[piece.channels])
+                    sums += crop
+                    crop = sums
+                if crop is not place:
+                    _write(place, crop)
+
+            threads.run(take, piece.boxes, piece.multiplications(job.rule.bins))
         if job.rule.extrapolation_value != 0 and not job.directions:
             fill_outside(target, chunk.boxes, *chunk.inside(), job.rule.extrapolation_value)
 
@@ -60,7 +70,8 @@ def feature_gradient(
     layout = _Layout.of(job.shape[1])
     for chunk in _Plan(job, numbers).chunks():
         grads = chunk.of(grad_output)
-        for piece in chunk.pieces:
+
+        def add(piece: _Piece, grads: np.ndarray = grads) -> None:
             target = layout.view(total[piece.image, piece.channels])[piece.window]
             part = target if _blas_reads(target) else np.zeros(target.shape, total.dtype)
             for box in piece.boxes:
@@ -72,6 +83,9 @@ def feature_gradient(
                 if piece.image in begun:
                     part += target
                 _write(target, part)
+
+        work = sum(piece.multiplications(job.rule.bins) for piece in chunk.pieces)
+        threads.run(add, chunk.pieces, work)
         begun.update(piece.image for piece in chunk.pieces)
 
 
@@ -86,11 +100,16 @@ def box_gradient(
         slopes = [weights.blocks(flat) for weights, flat in zip(chunk.weights, flats, strict=True)]
         for piece in chunk.pieces:
             source = _Source(features, layout, piece, job.dtype)
-            for box in piece.boxes:
+
+            def take(
+                box: _Box, piece: _Piece = piece, source: _Source = source, grads: np.ndarray = grads, to: Any = slopes
+            ) -> None:
                 window = source.level_window(box)
                 grad = layout.view(grads[box.number, piece.channels]).astype(job.dtype, copy=False)
                 for axis, others in box.partners(job.directions):
-                    _add_weight_gradient(slopes[axis][box.place], axis, grad, window, others, layout.axes)
+                    _add_weight_gradient(to[axis][box.place], axis, grad, window, others, layout.axes)
+
+            threads.run(take, piece.boxes, 2 * piece.multiplications(job.rule.bins))
         for axis in (0, 1):
             weights, flat = chunk.weights[axis], flats[axis]
             of_position = weights.taps.position_gradient(flat[weights.low], flat[weights.high])
@@ -150,6 +169,12 @@ class _Layout(NamedTuple):
     def view(self, image: np.ndarray) -> np.ndarray:
         return image.transpose(self.order)
 
+    def take(self, view: np.ndarray, pixels: Sequence[Pixels]) -> np.ndarray:
+        """Some rows and columns of a view; one axis after the other, which is faster than both at once."""
+        for axis, along in zip(self.axes, pixels, strict=True):
+            view = view[_at(axis, along)] if isinstance(along, slice) else view.take(along, axis)
+        return view
+
     def at(self, pixels: Sequence[Pixels]) -> tuple[Any, ...]:
         """An index of a view, for some rows and columns."""
         y, x = pixels
@@ -173,7 +198,7 @@ class _Source:
 
     def window(self, box: _Box) -> np.ndarray:
         """The pixels of a box; as they are where they would not fit the workspace."""
-        window = self.base[self.layout.at(box.pixels)]
+        window = self.layout.take(self.base, box.pixels)
         if self.ready or window.size * self.dtype.itemsize > numpy_job.WORKSPACE:
             return window
         return np.ascontiguousarray(window, self.dtype)
@@ -216,8 +241,18 @@ class _Piece(NamedTuple):
     image: int
     channels: slice
     window: tuple[slice, ...]  # the part of the image that they touch, as an index
-    crowded: bool  # they touch more pixels, each on its own, than that part has
+    pixels: int  # that they touch, each on its own
+    crowded: bool  # more of them than that part has
     boxes: list[_Box]
+
+    def multiplications(self, bins: tuple[int, int]) -> int:
+        """About how many there are, for as many as a block of bins has at a pixel; 0 if boxes are too small to share.
+
+        What there is to do besides the products of a box keeps all other threads waiting.
+        """
+        channels = self.channels.stop - self.channels.start
+        number = min(BLOCK, max(bins)) * channels * (self.pixels + len(self.boxes) * math.prod(bins))
+        return number if number >= WORTH_SHARING * len(self.boxes) else 0
 
 
 class _Chunk(NamedTuple):
@@ -311,10 +346,11 @@ class _Plan(NamedTuple):
                 )
                 for place in places
             ]
-            crowded = sum(counts[0][place] * counts[1][place] for place in places) >= area
+            pixels = sum(counts[0][place] * counts[1][place] for place in places)
             at_once = max(1, numpy_job.WORKSPACE // (area * itemsize))
             for start in range(0, channels, at_once):
-                pieces.append(_Piece(image, slice(start, start + at_once), window, crowded, members))
+                some = slice(start, min(start + at_once, channels))
+                pieces.append(_Piece(image, some, window, pixels, pixels >= area, members))
         return _Chunk(chosen, axes, weights, pieces, chosen[(weights[0].counts == 0) | (weights[1].counts == 0)])
 
     def _terms(
@@ -336,16 +372,22 @@ class _Plan(NamedTuple):
 # ---- the arithmetic ----
 
 
-def _product(values: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
-    """`matrix` (m, n) times `values` (..., n, ...) along `axis`, which gets m entries."""
-    lead, trail = values.shape[:axis], values.shape[axis + 1 :]
-    if trail:
-        flat = values.reshape(*lead, values.shape[axis], math.prod(trail))
-        return (matrix @ flat).reshape(*lead, len(matrix), *trail)
-    return (values.reshape(math.prod(lead), values.shape[axis]) @ matrix.T).reshape(*lead, len(matrix))
+def _product(values: np.ndarray, axis: int, matrix: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """`matrix` (m, n) times `values` (..., n, ...) along `axis`, which gets m entries. The first of three axes too."""
+    product: np.ndarray
+    if axis == 2:
+        product = np.matmul(values, matrix.T, out=out)
+        return product
+    if axis == 1:
+        product = np.matmul(matrix, values, out=out)
+        return product
+    rows, columns = values.shape[1:]
+    flat = np.matmul(matrix, values.reshape(len(values), rows * columns))
+    product = flat.reshape(len(matrix), rows, columns)
+    return product if out is None else _copy(out, product)
 
 
-def _exact_product(values: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndarray:
+def _exact_product(values: np.ndarray, axis: int, matrix: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """The same for values that hold NaN or infinities: these reach only where their weight is not 0.
 
     A plain product would spread them over all that it computes, since 0 * NaN is NaN.
@@ -360,19 +402,28 @@ def _exact_product(values: np.ndarray, axis: int, matrix: np.ndarray) -> np.ndar
     total[reached(up, matrix > 0) | reached(down, matrix < 0)] += np.inf
     total[reached(up, matrix < 0) | reached(down, matrix > 0)] -= np.inf
     total[reached(np.isnan(values), matrix != 0)] = np.nan
-    return total
+    return total if out is None else _copy(out, total)
 
 
-def _resample(
-    window: np.ndarray, dtype: np.dtype, terms: list[Blocks], axes: tuple[int, int], product: Product
+def _copy(out: np.ndarray, values: np.ndarray) -> np.ndarray:
+    out[...] = values
+    return out
+
+
+def _crop(
+    window: np.ndarray, dtype: np.dtype, terms: list[Blocks], axes: tuple[int, int], out: np.ndarray | None
 ) -> np.ndarray:
     """The crop of a window: Wy X Wx^T, or a sum of such."""
-    crops = []
-    for blocks in terms:
-        first, second = _order(window.shape, blocks, axes)
-        lines = _resample_window(window, dtype, first, blocks[first], axes, product)
-        crops.append(_resample_axis(lines, axes[second], blocks[second], product))
-    return crops[0] if len(crops) == 1 else sum(crops[1:], crops[0])
+    for product in (_product, _exact_product):
+        crops = []
+        for blocks in terms:
+            first, second = _order(window.shape, blocks, axes)
+            lines = _resample_window(window, dtype, first, blocks[first], axes, product)
+            crops.append(_resample_axis(lines, axes[second], blocks[second], product, out if len(terms) == 1 else None))
+        crop = sum(crops[1:], crops[0])
+        if _is_finite(crop):
+            break
+    return crop
 
 
 def _resample_window(
@@ -410,11 +461,16 @@ def _order(shape: tuple[int, ...], blocks: Blocks, axes: tuple[int, int]) -> tup
     return (first, 1 - first)
 
 
-def _resample_axis(values: np.ndarray, axis: int, blocks: list[Block], product: Product) -> np.ndarray:
-    if len(blocks) == 1:
-        return product(values, axis, blocks[0].matrix)
-    parts = [product(values[_at(axis, block.pixels)], axis, block.matrix) for block in blocks]
-    return np.concatenate(parts, axis)
+def _resample_axis(
+    values: np.ndarray, axis: int, blocks: list[Block], product: Product, out: np.ndarray | None = None
+) -> np.ndarray:
+    if out is None:
+        shape = list(values.shape)
+        shape[axis] = blocks[-1].bins.stop
+        out = np.empty(shape, values.dtype)
+    for block in blocks:
+        product(values[_at(axis, block.pixels)], axis, block.matrix, out[_at(axis, block.bins)])
+    return out
 
 
 def _add_spread(

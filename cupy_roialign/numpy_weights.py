@@ -12,7 +12,7 @@ from cupy_roialign import geometry
 BLOCK = 16
 """Bins in one matrix. Neighbouring bins touch neighbouring pixels, so hardly a product is with zero."""
 
-DENSE = 0.75
+DENSE = 0.5
 """Share of the pixels between a box's first and last from which on all of them are taken, as one slice."""
 
 NARROW = 64

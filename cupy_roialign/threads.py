@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,13 +25,16 @@ def get_num_threads() -> int:
     """The most threads that a call on the CPU uses.
 
     What `set_num_threads` was given; otherwise the environment variable ``CUPY_ROIALIGN_NUM_THREADS``; otherwise the
-    CPUs that this process may use, by its affinity and its control group.
+    CPUs that this process may use, by its affinity and its control group, or fewer, where PyTorch is loaded and uses
+    fewer: in the workers of its DataLoader one.
     """
     if _chosen is not None:
         return _chosen
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
-        return _usable_cpus()
+        torch: Any = sys.modules.get("torch")
+        most = torch.get_num_threads() if hasattr(torch, "get_num_threads") else _usable_cpus()
+        return min(most, _usable_cpus())
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"the environment variable {VARIABLE} must be a whole number from 1 on; got {text!r}")
     return int(text)

@@ -24,12 +24,23 @@ def default_threads():
 def test_default_follows_the_cpus_of_the_process(monkeypatch):
     monkeypatch.delenv(threads.VARIABLE, raising=False)
     assert 1 <= cr.get_num_threads() <= (os.cpu_count() or 1)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
     if hasattr(os, "sched_getaffinity"):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5})
         monkeypatch.setattr(threads, "_quota", lambda: 2**16)
         assert cr.get_num_threads() == 3
         monkeypatch.setattr(threads, "_quota", lambda: 2)
         assert cr.get_num_threads() == 2
+
+
+def test_no_more_than_torch_uses(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.delenv(threads.VARIABLE, raising=False)
+    monkeypatch.setattr(threads, "_usable_cpus", lambda: 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    assert cr.get_num_threads() == 5
+    cr.set_num_threads(9)
+    assert cr.get_num_threads() == 9
 
 
 @pytest.mark.parametrize(
