@@ -41,7 +41,7 @@ bench-peers: ## install the benchmark's peers, those that can be had, into .venv
 	$(PYTHON) -m venv --clear $(BENCH)
 	$(BENCH)/bin/python -m pip install --quiet --upgrade pip
 	$(BENCH)/bin/python -m pip install --quiet '$(TORCH)'
-	$(BENCH)/bin/python -m pip install --quiet -e '.[bench]'
+	PYTHONWARNINGS=ignore $(BENCH)/bin/python -m pip install --quiet -e '.[bench]'
 	for peer in $(PEERS); do $(BENCH)/bin/python -m pip install --quiet '$(TORCH)' $$peer || \
 	    echo "$$peer cannot be had here: the benchmark will do without it"; done
 	@touch $(BENCH)/.ready
