@@ -32,8 +32,8 @@ def changes(then, now):
 
 
 def lines(found, tolerance):
-    rows = [f"{'ours, now and then':62} {'slower':>8}   measured by"]
+    rows = [f"{'ours, now and then':68} {'slower':>8}   measured by"]
     for change in sorted(found, key=lambda change: -change.slower):
         mark = "  SLOWER" if change.slower > tolerance else ""
-        rows.append(f"{change.case:62} {change.slower:>7.2f}x   {change.peer or 'the clock'}{mark}")
+        rows.append(f"{change.case:68} {change.slower:>7.2f}x   {change.peer or 'the clock'}{mark}")
     return "\n".join(rows)

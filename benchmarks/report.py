@@ -44,7 +44,7 @@ def lines(title, times):
     for side in sorted(times, key=lambda side: (is_ours(side), times[side][0])):
         median, least, most = map(duration, times[side])
         faster = [f"{factor(times[peer][0] / times[side][0])} {peer}" for peer in peers(times) if is_ours(side)]
-        row = f"  {side:34} {median:>10}   {least:>10} to {most:<10} {', '.join(faster)}"
+        row = f"  {side:38} {median:>10}   {least:>10} to {most:<10} {', '.join(faster)}"
         rows.append(row.rstrip())
     return "\n".join(rows) + "\n"
 

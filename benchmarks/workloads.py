@@ -93,7 +93,7 @@ SPECS = {
         "seed": 107,
     },
     "W4tf": {
-        "title": "the crops of W4, corner to corner",
+        "title": "the same by crop_and_resize",
         "operator": "crop_and_resize",
         "shape": (4, 3, 1024, 1024),
         "image": (1024, 1024),
