@@ -17,7 +17,7 @@ import numpy as np
 
 from cupy_roialign import geometry, numpy_job, threads
 from cupy_roialign.numpy_job import Job, fill_outside
-from cupy_roialign.numpy_weights import BLOCK, AxisWeights, Block, Pixels, Taps
+from cupy_roialign.numpy_weights import BLOCK, AxisWeights, Block, Pixels, Taps, count_of, some_of
 
 PIXELS_AT_ONCE = 256
 """Pixels on their way to planes that lie in a small buffer."""
@@ -171,8 +171,11 @@ class _Layout(NamedTuple):
 
     def take(self, view: np.ndarray, pixels: Sequence[Pixels]) -> np.ndarray:
         """Some rows and columns of a view; one axis after the other, which is faster than both at once."""
-        for axis, along in zip(self.axes, pixels, strict=True):
-            view = view[_at(axis, along)] if isinstance(along, slice) else view.take(along, axis)
+        slices = [p if isinstance(p, slice) else slice(p[0], p[-1] + 1) for p in pixels]
+        view = view[self.at(slices)]
+        for axis, along, between in zip(self.axes, pixels, slices, strict=True):
+            if not isinstance(along, slice):
+                view = view[(slice(None),) * axis + (along - between.start,)]
         return view
 
     def at(self, pixels: Sequence[Pixels]) -> tuple[Any, ...]:
@@ -483,14 +486,14 @@ def _add_spread(
 ) -> None:
     """Adds the gradient to a box's pixels from that to its crop, Wy^T G Wx; in strips, if it is a large one."""
     axes = layout.axes
-    shape = [_length(pixels) for pixels in box]
+    shape = [count_of(pixels) for pixels in box]
     window = list(grad.shape)
     window[axes[0]], window[axes[1]] = shape
     second, first = _order(tuple(window), blocks, axes)
     lines = _spread_axis(grad, axes[first], shape[first], blocks[first], product)
     pixels = list(box)
     for strip in _strips(shape[first], math.prod(window) * grad.itemsize):
-        pixels[first] = _part(box[first], strip)
+        pixels[first] = some_of(box[first], strip)
         part = _spread_axis(lines[_at(axes[first], strip)], axes[second], shape[second], blocks[second], product)
         target[layout.at(pixels)] += part
 
@@ -529,16 +532,6 @@ def _contract(left: np.ndarray, right: np.ndarray, axis: int) -> np.ndarray:
     left = left.reshape(lead, left.shape[axis], trail)
     right = right.reshape(lead, right.shape[axis], trail)
     return (left @ right.transpose(0, 2, 1)).sum(axis=0)
-
-
-def _length(pixels: Pixels) -> int:
-    return pixels.stop - pixels.start if isinstance(pixels, slice) else len(pixels)
-
-
-def _part(pixels: Pixels, strip: slice) -> Pixels:
-    if isinstance(pixels, slice):
-        return slice(pixels.start + strip.start, pixels.start + strip.stop)
-    return pixels[strip]
 
 
 def _at(axis: int, part: slice) -> tuple[slice, ...]:

@@ -16,7 +16,7 @@ from scipy import sparse
 
 from cupy_roialign import arrays, geometry, numpy_job, threads
 from cupy_roialign.numpy_job import Job, fill_outside
-from cupy_roialign.numpy_weights import AxisRows, Taps, span
+from cupy_roialign.numpy_weights import AxisRows, Pixels, Taps, count_of, some_of, span
 
 ENTRY_BYTES = 64
 """Of an entry of the matrix, while it is made."""
@@ -137,9 +137,26 @@ class _Window(NamedTuple):
     """A part of an image whose pixels, row by row, are columns of a matrix."""
 
     image: int
-    y: slice
-    x: slice
+    y: Pixels
+    x: Pixels
     columns: slice
+
+    def of(self, images: np.ndarray) -> np.ndarray:
+        """(h, w, C) of (N, C, H, W): a view, or a copy where pixels between the first and the last are left out."""
+        if isinstance(self.y, slice) and isinstance(self.x, slice):
+            return images[self.image, :, self.y, self.x].transpose(1, 2, 0)
+        y, x = np.r_[self.y], np.r_[self.x]
+        # One axis after the other, which is faster than both at once.
+        rows = images[self.image][:, y, x[0] : x[-1] + 1]
+        return rows.take(x - x[0], 2).transpose(1, 2, 0)
+
+    def write(self, images: np.ndarray, values: np.ndarray) -> None:
+        """(h, w, C) into (N, C, H, W)."""
+        if isinstance(self.y, slice) and isinstance(self.x, slice):
+            self.of(images)[...] = values
+        else:
+            y, x = np.r_[self.y], np.r_[self.x]
+            images[self.image][:, y[:, None], x] = values.transpose(2, 0, 1)
 
     def counted_from(self, column: int) -> _Window:
         return self._replace(columns=slice(self.columns.start - column, self.columns.stop - column))
@@ -161,9 +178,8 @@ class _Strip(NamedTuple):
     def add(self, values: np.ndarray, total: np.ndarray) -> None:
         """Adds (pixels, channels) to (N, channels, H, W)."""
         for window, begun in self.windows:
-            target = total[window.image, :, window.y, window.x].transpose(1, 2, 0)
-            part = values[window.columns].reshape(target.shape)
-            target[...] = part + target if begun else part
+            part = values[window.columns].reshape(count_of(window.y), count_of(window.x), -1)
+            window.write(total, part + window.of(total) if begun else part)
 
 
 class _Boxes:
@@ -177,8 +193,9 @@ class _Boxes:
         ]
         self.rows = [AxisRows(taps) for taps in self.taps]
         self.first, self.stop = np.stack([span(t.box, t.low, t.high, len(numbers)) for t in self.taps], axis=1)
-        entries = [np.diff(rows.begin[::bins]) for rows, bins in zip(self.rows, job.rule.bins, strict=True)]
-        self.entries = entries[0] * entries[1]  # (K,)
+        each = [np.diff(rows.begin[::bins]) for rows, bins in zip(self.rows, job.rule.bins, strict=True)]
+        self.along = np.stack(each)  # (2, K) entries along y and x
+        self.entries = self.along[0] * self.along[1]  # (K,)
         self._values: dict[Any, np.ndarray] = {}
 
     def values(self, axis: int, taken: int | None, edge: Edge | None) -> np.ndarray:
@@ -188,6 +205,15 @@ class _Boxes:
             taps = self.taps[axis].weights if taken is None else self._changes(axis, taken, edge)
             self._values[key] = self.rows[axis].values(*taps)
         return self._values[key]
+
+    def touched(self, some: slice) -> tuple[np.ndarray, np.ndarray]:
+        """The rows and columns of pixels that some boxes touch, by whose places there they go by from here on."""
+        found = []
+        for rows, bins in zip(self.rows, self.job.rule.bins, strict=True):
+            entries = slice(rows.begin[some.start * bins], rows.begin[some.stop * bins])
+            pixels, rows.pixel[entries] = np.unique(rows.pixel[entries], return_inverse=True)
+            found.append(pixels)
+        return found[0], found[1]
 
     def _changes(self, axis: int, taken: int, edge: Edge | None) -> tuple[np.ndarray, np.ndarray]:
         if taken < len(self.job.directions):
@@ -218,8 +244,9 @@ class _Chunk:
         self._entry = _ranges(np.repeat(first_x, lines), self._length)  # (entries,) an entry along x
 
         pixel_y, pixel_x = (rows.pixel for rows in boxes.rows)
-        widths = [w.x.stop - w.x.start for w in windows]
-        corners = [w.columns.start - w.y.start * width - w.x.start for w, width in zip(windows, widths, strict=True)]
+        widths = [count_of(w.x) for w in windows]
+        firsts = [[p.start if isinstance(p, slice) else 0 for p in (w.y, w.x)] for w in windows]
+        corners = [w.columns.start - y * n - x for w, n, (y, x) in zip(windows, widths, firsts, strict=True)]
         box = np.repeat(np.arange(shape[0]), np.diff(begins[0][:: shape[1]]))
         line = pixel_y[begins[0][0] : begins[0][-1]] * np.array(widths)[owner][box] + np.array(corners)[owner][box]
         column = np.repeat(line[self._line - begins[0][0]], self._length) + pixel_x[self._entry]
@@ -273,15 +300,15 @@ class _Chunk:
         limit = self._at_once(channels)
         groups: list[list[tuple[_Window, bool]]] = []
         for window in self._windows:
-            width = window.x.stop - window.x.start
+            height, width = count_of(window.y), count_of(window.x)
             step = max(1, limit // max(1, width))
-            for y in range(window.y.start, window.y.stop, step) if width else ():
-                rows = slice(y, min(y + step, window.y.stop))
-                start = window.columns.start + (y - window.y.start) * width
-                columns = slice(start, start + (rows.stop - y) * width)
-                if not groups or columns.stop - groups[-1][0][0].columns.start > limit:
+            for y in range(0, height, step) if width else ():
+                rows = slice(y, min(y + step, height))
+                start, stop = (window.columns.start + n * width for n in (rows.start, rows.stop))
+                if not groups or stop - groups[-1][0][0].columns.start > limit:
                     groups.append([])
-                groups[-1].append((window._replace(y=rows, columns=columns), window.image in begun))
+                part = window._replace(y=some_of(window.y, rows), columns=slice(start, stop))
+                groups[-1].append((part, window.image in begun))
             begun.add(window.image)
         strips = []
         for group in groups:
@@ -309,7 +336,7 @@ class _Chunk:
         copy = np.copyto if arrays.is_channels_last(features.shape, features.strides) else _to_pixels
         pixels = self._memory(self._windows[-1].columns.stop, len(range(features.shape[1])[channels]))
         for window in self._windows:
-            source = features[window.image, channels, window.y, window.x].transpose(1, 2, 0)
+            source = window.of(features[:, channels])
             target = pixels[window.columns]
             copy(target.reshape(source.shape), source)
             if level and target.size:
@@ -393,11 +420,22 @@ def _chunks_in_windows(boxes: _Boxes, places: np.ndarray, cost: np.ndarray) -> I
     for run in numpy_job.runs(cost + begins * pixels / most):
         opens = begins[run].copy()
         opens[0] = True
-        ends = np.cumsum(pixels[run][opens])
-        windows = [
-            _Window(image, slice(y0, y1), slice(x0, x1), slice(end - (y1 - y0) * (x1 - x0), end))
-            for image, y0, x0, y1, x1, end in zip(*bounds[:, run][:, opens].tolist(), ends.tolist(), strict=True)
-        ]
+        starts, corners = np.flatnonzero(opens), bounds[:, run][:, opens]
+        ends = [*starts.tolist(), len(opens)]
+        # An entry is of one row or column of pixels, so that there are no more of these.
+        most_touched = np.minimum(corners[3:] - corners[1:3], np.add.reduceat(boxes.along[:, run], starts, axis=1))
+        touched = most_touched[0] * most_touched[1]
+        thin = (touched > 0) & (2 * touched <= pixels[run][opens])
+        windows: list[_Window] = []
+        column = 0
+        for number, (image, y0, x0, y1, x1) in enumerate(corners.T.tolist()):
+            y: Pixels = slice(y0, y1)
+            x: Pixels = slice(x0, x1)
+            if thin[number]:
+                y, x = boxes.touched(slice(run.start + ends[number], run.start + ends[number + 1]))
+            stop_ = column + count_of(y) * count_of(x)
+            windows.append(_Window(image, y, x, slice(column, stop_)))
+            column = stop_
         yield _Chunk(boxes, run, windows, np.cumsum(opens) - 1)
 
 

@@ -19,6 +19,17 @@ NARROW = 64
 """So many pixels from a box's first to its last are all taken, without a look at which of them it touches."""
 
 Pixels = slice | np.ndarray
+"""Rows or columns of an image, in increasing order."""
+
+
+def count_of(pixels: Pixels) -> int:
+    return pixels.stop - pixels.start if isinstance(pixels, slice) else len(pixels)
+
+
+def some_of(pixels: Pixels, part: slice) -> Pixels:
+    if isinstance(pixels, slice):
+        return slice(pixels.start + part.start, pixels.start + part.stop)
+    return pixels[part]
 
 
 class Block(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cupy_roialign import arrays, autograd, tensors
+from cupy_roialign import arrays, autograd, tensors, validation
 from cupy_roialign.geometry import Dialect, Rule
 
 _RULE = (
@@ -91,9 +91,48 @@ FAMILY = autograd.Family(_crops, _to_features, _to_boxes)
 # ---- what they do, and the shapes of it ----
 
 
+def _checked(
+    shape: Sequence[int],
+    boxes: torch.Tensor,
+    indices: torch.Tensor,
+    directions: Sequence[torch.Tensor],
+    packed: Sequence[Any],
+    features: torch.Tensor | None = None,
+    grad: torch.Tensor | None = None,
+) -> Rule:
+    """The rule, of arguments that fit each other, as those of the public functions do: a kernel trusts them."""
+    rule = _unpack(*packed)
+    if len(shape) != 4 or min(shape[2:]) < 1:
+        raise ValueError(f"shape must be (N, C, H, W) with H >= 1 and W >= 1; got {tuple(shape)}")
+    if features is not None:
+        validation.features("features", features)
+    validation.boxes("boxes", boxes, (4, 5))
+    if sorted({*rule.columns} & {*range(boxes.shape[1])}) != sorted(rule.columns):
+        raise ValueError(f"columns must be 4 of the {boxes.shape[1]} columns of boxes; got {list(rule.columns)}")
+    validation.size("bins", rule.bins)
+    validation.sampling_ratio("sampling_ratio", rule.sampling_ratio)
+    if tuple(indices.shape) != (len(boxes),) or indices.dtype.is_complex or indices.dtype == torch.bool:
+        raise ValueError(f"batch_indices must be ({len(boxes)},) numbers; got {_described(indices)}")
+    for direction in directions:
+        if direction.shape != boxes.shape or not direction.is_floating_point():
+            raise ValueError(f"directions must be like boxes, {tuple(boxes.shape)}; got {_described(direction)}")
+    if grad is not None:
+        validation.grad_output("grad", grad, (len(boxes), shape[1], *rule.bins))
+    for tensor in (boxes, indices, features, *directions):
+        on = boxes if grad is None else grad
+        if tensor is not None and tensor.device != on.device:
+            raise ValueError(f"tensors must be on one device; got {on.device} and {tensor.device}")
+    return rule
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+
+
 @torch.library.register_kernel("cupy_roialign::crops", ["cpu", "cuda"])
-def _(features: torch.Tensor, boxes: torch.Tensor, indices: torch.Tensor, along: Any, *rule: Any) -> torch.Tensor:
-    return tensors.forward(features, boxes, indices, _unpack(*rule), along)
+def _(features: torch.Tensor, boxes: torch.Tensor, indices: torch.Tensor, along: Any, *packed: Any) -> torch.Tensor:
+    rule = _checked(features.shape, boxes, indices, along, packed, features)
+    return tensors.forward(features, boxes, indices, rule, along)
 
 
 @torch.library.register_fake("cupy_roialign::crops")
@@ -112,9 +151,10 @@ def _(
     boxes: torch.Tensor,
     indices: torch.Tensor,
     along: Any,
-    *rule: Any,
+    *packed: Any,
 ) -> torch.Tensor:
-    return tensors.feature_gradient(grad, _like(shape, last, dtype), boxes, indices, _unpack(*rule), along)
+    rule = _checked(shape, boxes, indices, along, packed, grad=grad)
+    return tensors.feature_gradient(grad, _like(shape, last, dtype), boxes, indices, rule, along)
 
 
 @torch.library.register_fake("cupy_roialign::to_features")
@@ -133,9 +173,10 @@ def _(
 
 @torch.library.register_kernel("cupy_roialign::to_boxes", ["cpu", "cuda"])
 def _(
-    grad: torch.Tensor, features: torch.Tensor, boxes: torch.Tensor, indices: torch.Tensor, along: Any, *rule: Any
+    grad: torch.Tensor, features: torch.Tensor, boxes: torch.Tensor, indices: torch.Tensor, along: Any, *packed: Any
 ) -> torch.Tensor:
-    return tensors.box_gradient(grad, features, boxes, indices, _unpack(*rule), along)
+    rule = _checked(features.shape, boxes, indices, along, packed, features, grad)
+    return tensors.box_gradient(grad, features, boxes, indices, rule, along)
 
 
 @torch.library.register_fake("cupy_roialign::to_boxes")

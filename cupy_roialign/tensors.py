@@ -33,8 +33,7 @@ def forward(
     directions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     if not geometry.terms(len(directions)):
-        dtype = getattr(torch, arrays.output_name(arrays.dtype_name(features)))
-        return features.new_zeros((boxes.shape[0], features.shape[1], *rule.bins), dtype=dtype)
+        return _zeros(features, features, (boxes.shape[0], features.shape[1], *rule.bins))
     if _on_cpu(features):
         crops = numpy_backend.forward(
             _array(features), _array(boxes), _array(batch_indices), rule, [_array(rows) for rows in directions]
@@ -52,8 +51,7 @@ def feature_gradient(
     directions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     if not geometry.terms(len(directions)):
-        dtype = getattr(torch, arrays.output_name(arrays.dtype_name(features)))
-        return grad_output.new_zeros(features.shape, dtype=dtype)
+        return _zeros(grad_output, features, features.shape)
     if _on_cpu(grad_output):
         like = arrays.Like(tuple(features.shape), arrays.strides(features), arrays.dtype_name(features))
         gradient = numpy_backend.feature_gradient(
@@ -93,6 +91,15 @@ def box_gradient(
     return _cuda.box_gradient(
         _plain(grad_output), _plain(features), _plain(boxes), _plain(batch_indices), rule, [*map(_plain, directions)]
     )
+
+
+def _zeros(beside: torch.Tensor, like: torch.Tensor | arrays.Like, shape: Sequence[int]) -> torch.Tensor:
+    """Crops or a gradient, in the memory order of the features."""
+    dtype = getattr(torch, arrays.output_name(arrays.dtype_name(like)))
+    if not arrays.is_channels_last(like.shape, arrays.strides(like)):
+        return beside.new_zeros(shape, dtype=dtype)
+    count, channels, height, width = shape
+    return beside.new_zeros((count, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
 
 
 def _on_cpu(tensor: torch.Tensor) -> bool:

@@ -154,6 +154,18 @@ def test_memory_follows_the_box_and_not_the_image():
     assert peak(lambda: cr.roi_align(features, box, 7, 1.0, 2, batch_indices=np.array([0]))) < MIB
 
 
+@pytest.mark.parametrize("few_channels", [0, 10**9], ids=["sparse", "dense"])
+def test_memory_follows_the_samples_of_a_large_box(few_channels, monkeypatch):
+    """14 x 14 samples touch 28 rows of a box of 900 x 900 pixels, of 20 channels 2 MB; the box is 65 MB."""
+    monkeypatch.setattr(numpy_backend, "FEW_CHANNELS", few_channels)
+    features = np.zeros((1, 20, 1000, 1000), np.float32)
+    box, indices = np.array([[50, 50, 950, 950]], np.float32), np.array([0])
+    rule = Rule(Dialect.ROI_ALIGN, (7, 7), X1_Y1_X2_Y2, sampling_ratio=2)
+    grad = np.ones((1, 20, 7, 7), np.float32)
+    assert peak(lambda: numpy_backend.forward(features, box, indices, rule)) < 4 * MIB
+    assert peak(lambda: numpy_backend.box_gradient(grad, features, box, indices, rule)) < 4 * MIB
+
+
 def test_memory_of_many_samples_a_bin(monkeypatch):
     """What `sampling_ratio` asks for is worked off a few boxes at a time."""
     monkeypatch.setattr(numpy_job, "WORKSPACE", MIB)

@@ -158,6 +158,55 @@ def test_opcheck(count):
     torch.library.opcheck(ops.to_boxes, (grad, f, *at, *rule))
 
 
+def test_opcheck_where_nothing_is_left():
+    """A third derivative along the boxes: zeros, in the memory order of the features like all else."""
+    f, b = (tensor.detach() for tensor in inputs())
+    f = f.contiguous(memory_format=torch.channels_last)
+    at = (b, INDICES, [torch.rand(2, 4)] * 3)
+    crops = torch.ops.cupy_roialign.crops(f, *at, *RULE)
+    assert not crops.any()
+    assert crops.is_contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(torch.ops.cupy_roialign.crops, (f, *at, *RULE), test_utils="test_faketensor")
+    gradient = (torch.rand(2, 5, 3, 4), [2, 5, 8, 11], True, torch.float32)
+    torch.library.opcheck(torch.ops.cupy_roialign.to_features, (*gradient, *at, *RULE), test_utils="test_faketensor")
+
+
+RULE = (3, [3, 4], [1, 0, 3, 2], 0.9, 2, True, False, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.rand(5, 8, 11)}, "H >= 1"),
+        ({"features": torch.rand(2, 5, 0, 11)}, "H >= 1"),
+        ({"boxes": torch.rand(2, 3)}, "boxes must have shape"),
+        ({"boxes": torch.rand(2, 4).long()}, "boxes must be float32"),
+        ({"indices": torch.tensor([0])}, "batch_indices must be"),
+        ({"indices": torch.tensor([True, False])}, "batch_indices must be"),
+        ({"along": [torch.rand(2, 5)]}, "directions must be like boxes"),
+        ({"rule": (3, [3, 0], *RULE[2:])}, "bins must be at least 1"),
+        ({"rule": (*RULE[:2], [1, 0, 3, 4], *RULE[3:])}, "columns must be 4 of the 4"),
+        ({"rule": (*RULE[:2], [1, 1, 3, 2], *RULE[3:])}, "columns must be 4 of the 4"),
+        ({"rule": (*RULE[:4], 10**6, *RULE[5:])}, "sampling_ratio must be at most"),
+        ({"grad": torch.rand(2, 5, 4, 3)}, "grad must have the shape"),
+        ({"grad": torch.rand(1, 5, 3, 4)}, "grad must have the shape"),
+    ],
+)
+def test_operators_check_what_they_are_given(change, message):
+    """They are public, too, and a kernel on a GPU reads wherever it is told to."""
+    f, b = (tensor.detach() for tensor in inputs())
+    given = {"features": f, "boxes": b, "indices": INDICES, "along": [], "rule": RULE, "grad": torch.rand(2, 5, 3, 4)}
+    given |= change
+    ops, at = torch.ops.cupy_roialign, (given["boxes"], given["indices"], given["along"], *given["rule"])
+    if "grad" not in change:
+        with pytest.raises((TypeError, ValueError), match=message):
+            ops.crops(given["features"], *at)
+    with pytest.raises((TypeError, ValueError), match=message):
+        ops.to_boxes(given["grad"], given["features"], *at)
+    with pytest.raises((TypeError, ValueError), match=message):
+        ops.to_features(given["grad"], list(given["features"].shape), False, torch.float32, *at)
+
+
 def test_the_first_call_of_a_process_may_be_a_compiled_one():
     """Whatever was imported first."""
     for order in itertools.permutations(["import torch", "import cupy_roialign as cr"]):
