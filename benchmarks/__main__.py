@@ -35,24 +35,63 @@ def numbers(count, kind=int):
 
 
 def arguments(given=None):
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="workload", help=f"some of {' '.join(workloads.SPECS)}")
-    parser.add_argument("--threads", type=numbers(1), nargs="+", default=[1, 2], help="a run with each (default: 1 2)")
-    parser.add_argument("--runs", type=numbers(1), default=9, help="runs of each side (default: 9)")
-    parser.add_argument("--save", type=Path, metavar="PATH", help=f"PATH.json and PATH.png (default: {LATEST})")
-    parser.add_argument("--compare", type=Path, metavar="JSON", help="with a stored run; saves only if told to")
-    parser.add_argument("--tolerance", type=numbers(1, float), default=1.25, help="status 1 if more times slower")
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "names", nargs="*", metavar="workload", help=f"of {' '.join(workloads.SPECS)}; without any, all but W1tf"
+    )
+    parser.add_argument(
+        "--threads", type=numbers(1), nargs="+", default=[1, 2], metavar="N", help="a run with each (default: 1 2)"
+    )
+    parser.add_argument(
+        "--runs", type=numbers(1), default=9, metavar="N", help="runs of each side (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--save", type=Path, metavar="PATH", help="write PATH.json and PATH.png (default: benchmarks/results/latest)"
+    )
+    parser.add_argument(
+        "--compare", type=Path, metavar="JSON", help="with a stored run; then nothing is saved unless --save says where"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=numbers(1, float),
+        default=1.25,
+        metavar="TIMES",
+        help="of --compare: status 1 where ours are more times slower (default: %(default)s)",
+    )
     own = parser.add_argument_group("a workload of your own")
     options = [
-        own.add_argument("--features", type=numbers(4), metavar="N,C,H,W"),
-        own.add_argument("--boxes", type=numbers(1), default=512, metavar="K"),
-        own.add_argument("--output", type=numbers(2), default=(7, 7), metavar="H,W"),
-        own.add_argument("--scale", type=numbers(1, float), default=1.0, help="of the features over the image"),
-        own.add_argument("--sampling-ratio", type=int, default=0, help="0: adaptive"),
-        own.add_argument("--aligned", action="store_true"),
-        own.add_argument("--box-side", type=numbers(2, float), default=(16, 224), metavar="LEAST,MOST", help="pixels"),
-        own.add_argument("--operator", choices=("roi_align", "crop_and_resize"), default="roi_align"),
-        own.add_argument("--seed", type=int, default=0),
+        own.add_argument("--features", type=numbers(4), metavar="N,C,H,W", help="shape"),
+        own.add_argument("--boxes", type=numbers(1), default=512, metavar="K", help="how many (default: %(default)s)"),
+        own.add_argument("--output", type=numbers(2), default=(7, 7), metavar="H,W", help="bins (default: 7,7)"),
+        own.add_argument(
+            "--scale",
+            type=numbers(1, float),
+            default=1.0,
+            metavar="TIMES",
+            help="size of the features over that of the image (default: %(default)s)",
+        ),
+        own.add_argument(
+            "--sampling-ratio",
+            type=int,
+            default=0,
+            metavar="N",
+            help="samples a bin and axis; 0, the default: adaptive",
+        ),
+        own.add_argument("--aligned", action="store_true", help="shift by half a pixel"),
+        own.add_argument(
+            "--box-side",
+            type=numbers(2, float),
+            default=(16, 224),
+            metavar="LEAST,MOST",
+            help="in pixels of the image (default: 16,224)",
+        ),
+        own.add_argument(
+            "--operator",
+            choices=("roi_align", "crop_and_resize"),
+            default="roi_align",
+            help="and peers that have it (default: %(default)s)",
+        ),
+        own.add_argument("--seed", type=int, default=0, metavar="N", help="of random numbers (default: %(default)s)"),
     ]
     chosen = parser.parse_args(given)
     if unknown := [name for name in chosen.names if name not in workloads.SPECS]:

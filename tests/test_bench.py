@@ -270,6 +270,7 @@ def test_ours_are_what_their_names_say(as_before, monkeypatch):
 
 def test_crop_and_resize_is_on_the_same_boxes():
     p = workloads.draw({**workloads.SPECS["W4tf"], "shape": (4, 2, 64, 64), "image": (64, 64), "side": (8, 60)})
+    np.testing.assert_allclose(p["boxes_norm"] * 64, p["boxes"][:, [1, 0, 3, 2]], rtol=1e-6)
     steps = sides.ours(p, 1)[0].steps
     expected, pullback = cr.vjp(cr.crop_and_resize, p["input"], p["boxes_norm"], p["batch_indices"], p["out"])
     np.testing.assert_array_equal(steps["forward"](), expected)
