@@ -17,7 +17,8 @@ _RULE = (
     "int dialect, int[] bins, int[] columns, float spatial_scale, int sampling_ratio, bool aligned, bool nearest, "
     "float extrapolation_value"
 )
-_AT = "Tensor boxes, Tensor batch_indices, Tensor[] directions"
+# No directions are None: AOTInductor makes that of an empty list anyway.
+_AT = "Tensor boxes, Tensor batch_indices, Tensor[]? directions"
 _LIBRARY = torch.library.Library("cupy_roialign", "DEF")
 _LIBRARY.define(f"crops(Tensor features, {_AT}, {_RULE}) -> Tensor")
 _LIBRARY.define(
@@ -58,7 +59,7 @@ def _like(shape: Sequence[int], channels_last: bool, dtype: torch.dtype) -> arra
 def _crops(
     features: torch.Tensor, boxes: torch.Tensor, indices: torch.Tensor, rule: Rule, directions: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    return _OPS.crops(features, boxes, indices, list(directions), *_pack(rule))
+    return _OPS.crops(features, boxes, indices, list(directions) or None, *_pack(rule))
 
 
 def _to_features(
@@ -71,7 +72,7 @@ def _to_features(
 ) -> torch.Tensor:
     last = arrays.is_channels_last(like.shape, like.strides)
     dtype = getattr(torch, like.dtype)
-    return _OPS.to_features(grad, like.shape, last, dtype, boxes, indices, list(directions), *_pack(rule))
+    return _OPS.to_features(grad, like.shape, last, dtype, boxes, indices, list(directions) or None, *_pack(rule))
 
 
 def _to_boxes(
@@ -82,7 +83,7 @@ def _to_boxes(
     rule: Rule,
     directions: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    return _OPS.to_boxes(grad, features, boxes, indices, list(directions), *_pack(rule))
+    return _OPS.to_boxes(grad, features, boxes, indices, list(directions) or None, *_pack(rule))
 
 
 FAMILY = autograd.Family(_crops, _to_features, _to_boxes)
@@ -95,7 +96,7 @@ def _checked(
     shape: Sequence[int],
     boxes: torch.Tensor,
     indices: torch.Tensor,
-    directions: Sequence[torch.Tensor],
+    directions: Sequence[torch.Tensor] | None,
     packed: Sequence[Any],
     features: torch.Tensor | None = None,
     grad: torch.Tensor | None = None,
@@ -113,12 +114,12 @@ def _checked(
     validation.sampling_ratio("sampling_ratio", rule.sampling_ratio)
     if tuple(indices.shape) != (len(boxes),) or indices.dtype.is_complex or indices.dtype == torch.bool:
         raise ValueError(f"batch_indices must be ({len(boxes)},) numbers; got {_described(indices)}")
-    for direction in directions:
+    for direction in directions or ():
         if direction.shape != boxes.shape or not direction.is_floating_point():
             raise ValueError(f"directions must be like boxes, {tuple(boxes.shape)}; got {_described(direction)}")
     if grad is not None:
         validation.grad_output("grad", grad, (len(boxes), shape[1], *rule.bins))
-    for tensor in (boxes, indices, features, *directions):
+    for tensor in (boxes, indices, features, *(directions or ())):
         on = boxes if grad is None else grad
         if tensor is not None and tensor.device != on.device:
             raise ValueError(f"tensors must be on one device; got {on.device} and {tensor.device}")
@@ -132,7 +133,7 @@ def _described(tensor: torch.Tensor) -> str:
 @torch.library.register_kernel("cupy_roialign::crops", ["cpu", "cuda"])
 def _(features: torch.Tensor, boxes: torch.Tensor, indices: torch.Tensor, along: Any, *packed: Any) -> torch.Tensor:
     rule = _checked(features.shape, boxes, indices, along, packed, features)
-    return tensors.forward(features, boxes, indices, rule, along)
+    return tensors.forward(features, boxes, indices, rule, along or ())
 
 
 @torch.library.register_fake("cupy_roialign::crops")
@@ -154,7 +155,7 @@ def _(
     *packed: Any,
 ) -> torch.Tensor:
     rule = _checked(shape, boxes, indices, along, packed, grad=grad)
-    return tensors.feature_gradient(grad, _like(shape, last, dtype), boxes, indices, rule, along)
+    return tensors.feature_gradient(grad, _like(shape, last, dtype), boxes, indices, rule, along or ())
 
 
 @torch.library.register_fake("cupy_roialign::to_features")
@@ -176,7 +177,7 @@ def _(
     grad: torch.Tensor, features: torch.Tensor, boxes: torch.Tensor, indices: torch.Tensor, along: Any, *packed: Any
 ) -> torch.Tensor:
     rule = _checked(features.shape, boxes, indices, along, packed, features, grad)
-    return tensors.box_gradient(grad, features, boxes, indices, rule, along)
+    return tensors.box_gradient(grad, features, boxes, indices, rule, along or ())
 
 
 @torch.library.register_fake("cupy_roialign::to_boxes")
@@ -207,7 +208,7 @@ def _keep_crops(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None
     features, boxes, indices, along, *rule = inputs
     ctx.rule, ctx.like = _unpack(*rule), autograd.like_of(features)
     kept = features if any(_needs(ctx.needs_input_grad, 1, 3)) else None
-    ctx.save_for_backward(kept, boxes, indices, *along)
+    ctx.save_for_backward(kept, boxes, indices, *(along or ()))
 
 
 def _crops_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
@@ -216,27 +217,27 @@ def _crops_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     to_features, to_boxes, *to_along = FAMILY.crops_backward(
         needs, grad, features, ctx.like, boxes, indices, ctx.rule, along
     )
-    return to_features, to_boxes, None, to_along, *[None] * 8
+    return to_features, to_boxes, None, to_along or None, *[None] * 8
 
 
 def _keep_to_features(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     grad, _, _, _, boxes, indices, along, *rule = inputs
     ctx.rule = _unpack(*rule)
     kept = grad if any(_needs(ctx.needs_input_grad, 4, 6)) else None
-    ctx.save_for_backward(kept, boxes, indices, *along)
+    ctx.save_for_backward(kept, boxes, indices, *(along or ()))
 
 
 def _to_features_backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
     grad, boxes, indices, *along = ctx.saved_tensors
     needs = _needs(ctx.needs_input_grad, 0, 4, 6)
     to_grad, to_boxes, *to_along = FAMILY.to_features_backward(needs, cotangent, grad, boxes, indices, ctx.rule, along)
-    return to_grad, None, None, None, to_boxes, None, to_along, *[None] * 8
+    return to_grad, None, None, None, to_boxes, None, to_along or None, *[None] * 8
 
 
 def _keep_to_boxes(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     grad, features, boxes, indices, along, *rule = inputs
     ctx.rule = _unpack(*rule)
-    ctx.save_for_backward(grad, features, boxes, indices, *along)
+    ctx.save_for_backward(grad, features, boxes, indices, *(along or ()))
 
 
 def _to_boxes_backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
@@ -245,7 +246,7 @@ def _to_boxes_backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
     to_grad, to_features, to_boxes, *to_along = FAMILY.to_boxes_backward(
         needs, cotangent, grad, features, boxes, indices, ctx.rule, along
     )
-    return to_grad, to_features, to_boxes, None, to_along, *[None] * 8
+    return to_grad, to_features, to_boxes, None, to_along or None, *[None] * 8
 
 
 torch.library.register_autograd("cupy_roialign::crops", _crops_backward, setup_context=_keep_crops)

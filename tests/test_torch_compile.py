@@ -150,7 +150,7 @@ def test_opcheck(count):
     """Schemas, fakes, autograd and dynamic shapes, as torch checks them."""
     f, b = (tensor.double().detach().requires_grad_() for tensor in inputs())
     rule = (3, [3, 4], [1, 0, 3, 2], 0.9, 2, True, False, 0.0)
-    at = (b, INDICES, [torch.rand(2, 4, dtype=torch.float64, requires_grad=True)] * count)
+    at = (b, INDICES, [torch.rand(2, 4, dtype=torch.float64, requires_grad=True)] * count or None)
     grad = torch.rand(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
     ops = torch.ops.cupy_roialign
     torch.library.opcheck(ops.crops, (f, *at, *rule))
@@ -261,6 +261,16 @@ def test_export_is_saved_and_loaded(tmp_path):
     )
     command = [sys.executable, "-W", "ignore", "-c", program, tmp_path / "head.pt2", tmp_path / "data.pt"]
     subprocess.run(command, timeout=120, check=True)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's, about its own parts
+def test_export_is_compiled_ahead(tmp_path):
+    """By AOTInductor."""
+    f, b = (tensor.detach() for tensor in inputs())
+    program = torch.export.export(Head(), (f, b, INDICES))
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "head.pt2"))
+    head = torch._inductor.aoti_load_package(path)
+    torch.testing.assert_close(head(f, b, INDICES), Head()(f, b, INDICES))
 
 
 def test_modules_are_copied_after_compilation():
