@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo notebooks test test-gpu check bench docs pictures clean
+.PHONY: help demo notebooks test test-gpu check bench bench-peers docs pictures clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(READY) ## crop a real photo in every dialect, write the picture, say what was done
 	@$(BIN)/python examples/crops.py
@@ -27,8 +27,24 @@ check: $(READY) ## lint, format and types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: $(READY) ## time the workloads on the CPU, beside torchvision where it is installed
-	@$(BIN)/python -m benchmarks
+BENCH := .venv-bench
+BENCH_READY := $(or $(wildcard $(BENCH)/.ready),$(READY))
+PEERS ?= torchvision onnxruntime tensorflow
+ARGS ?=
+
+bench: $(BENCH_READY) ## time the CPU beside every peer that is installed; ARGS="W1 --threads 2", for example
+	@$(dir $(BENCH_READY))bin/python -m benchmarks $(ARGS)
+
+# The torchvision of PyPI is for the torch of PyPI. With a TORCH from elsewhere (a build for the CPU, say) it does not
+# load: install the torchvision of there into .venv-bench, or do without, by PEERS="onnxruntime tensorflow".
+bench-peers: ## install the benchmark's peers, those that can be had, into .venv-bench
+	$(PYTHON) -m venv --clear $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --upgrade pip
+	$(BENCH)/bin/python -m pip install --quiet '$(TORCH)'
+	PYTHONWARNINGS=ignore $(BENCH)/bin/python -m pip install --quiet -e '.[bench]'
+	for peer in $(PEERS); do $(BENCH)/bin/python -m pip install --quiet '$(TORCH)' $$peer || \
+	    echo "$$peer cannot be had here: the benchmark will do without it"; done
+	@touch $(BENCH)/.ready
 
 docs: $(READY) ## build the guides and the API reference into out/site; a warning or a broken link is an error
 	@$(BIN)/python -m sphinx -E -W --keep-going -q docs out/site
@@ -46,7 +62,7 @@ test-gpu: ## with a GPU, and CuPy, torch and pytest in $(PYTHON): tests, compute
 	$(PYTHON) -m benchmarks.gpu --out $(RESULTS)
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) .nox build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(BENCH) .nox build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first: a package that wants any torch then leaves this one in place.

@@ -1,136 +1,182 @@
-"""Times the workloads on the CPU with one thread, beside torchvision where it is installed.
-
-    python -m benchmarks [W1 W2 ...] [--json FILE]
-
-Ours and the peer's take turns in one process, so that a machine that slows down slows both. float32; the median of
-the runs, and the fastest and slowest.
-"""
-
-import os
-
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # read when NumPy is first imported
-    os.environ[variable] = "1"
+"""Times ours on the CPU, beside every peer that is installed. What that means: benchmarks/README.md."""
 
 import argparse
 import json
-import platform
-import statistics
-import time
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-import numpy as np
+from benchmarks import compare, measure, report, workloads
 
-import cupy_roialign as cr
-from benchmarks import workloads
+NAMES = ["W1", "W2", "W3", "W4", "W4tf", "W5", "tiny", "large"]
+ONE_BLAS_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+LATEST = Path(__file__).parent / "results" / "latest"
 
 
-def ours(p, channels_last):
-    """Forward and backward to the features, as functions of nothing."""
-    order = (
-        (lambda a: np.ascontiguousarray(a.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)) if channels_last else np.asarray
+def numbers(count, kind=int):
+    """A type of argparse: so many numbers above 0, with commas between; or, of two, one that stands for both."""
+
+    def read(text):
+        parts = text.split(",")
+        try:
+            found = tuple(kind(part) for part in (parts * 2 if count == 2 and len(parts) == 1 else parts))
+        except ValueError:
+            found = ()
+        if len(found) != count or not all(0 < number < float("inf") for number in found):
+            what = "whole number" if kind is int else "number"
+            many = f"{count} {what}s above 0 with commas between" if count > 1 else f"a {what} above 0"
+            raise argparse.ArgumentTypeError(f"must be {many}; got {text!r}")
+        return found if count > 1 else found[0]
+
+    return read
+
+
+def arguments(given=None):
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "names", nargs="*", metavar="workload", help=f"of {' '.join(workloads.SPECS)}; without any, all but W1tf"
     )
-    features, rois, cotangent = order(p["input"]), p["rois"], order(p["cotangent"])
-    from cupy_roialign import numpy_backend
-    from cupy_roialign.geometry import Dialect, Rule
-
-    rule = Rule(
-        Dialect.ROI_ALIGN, p["out"], (2, 1, 4, 3), p["scale"], sampling_ratio=max(p["sr"], 0), aligned=p["aligned"]
+    parser.add_argument(
+        "--threads", type=numbers(1), nargs="+", default=[1, 2], metavar="N", help="a run with each (default: 1 2)"
     )
-    return (
-        lambda: cr.roi_align(features, rois, p["out"], p["scale"], p["sr"], p["aligned"]),
-        lambda: numpy_backend.feature_gradient(cotangent, features, rois, rois[:, 0], rule),
-        lambda: numpy_backend.box_gradient(cotangent, features, rois, rois[:, 0], rule),
+    parser.add_argument(
+        "--runs", type=numbers(1), default=9, metavar="N", help="runs of each side (default: %(default)s)"
     )
-
-
-def torchvision_of(p):
-    import torch
-    import torchvision
-
-    torch.set_num_threads(1)
-    features = torch.from_numpy(p["input"]).requires_grad_()
-    rois, cotangent = torch.from_numpy(p["rois"]), torch.from_numpy(p["cotangent"])
-
-    def forward():
-        return torchvision.ops.roi_align(features, rois, p["out"], p["scale"], p["sr"], p["aligned"])
-
-    output = forward()
-    return forward, lambda: torch.autograd.grad(output, features, cotangent, retain_graph=True), None
-
-
-def median_ms(functions, runs):
-    """{name: (median, least, most)} of functions that take turns, after one round that is not counted."""
-    times = {name: [] for name in functions}
-    for round_ in range(runs + 1):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            if round_:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: (statistics.median(t), min(t), max(t)) for name, t in times.items()}
-
-
-def markdown(report):
-    """The table of README.md."""
-    sides = ("torchvision", "NCHW", "NHWC")
-    lines = [
-        "| | | torchvision | NCHW | times faster | channels-last | times faster |",
-        "|---|---|---|---|---|---|---|",
+    parser.add_argument(
+        "--save", type=Path, metavar="PATH", help="write PATH.json and PATH.png (default: benchmarks/results/latest)"
+    )
+    parser.add_argument(
+        "--compare", type=Path, metavar="JSON", help="with a stored run; then nothing is saved unless --save says where"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=numbers(1, float),
+        default=1.25,
+        metavar="TIMES",
+        help="of --compare: status 1 where ours are more times slower (default: %(default)s)",
+    )
+    own = parser.add_argument_group("a workload of your own")
+    options = [
+        own.add_argument("--features", type=numbers(4), metavar="N,C,H,W", help="shape"),
+        own.add_argument("--boxes", type=numbers(1), default=512, metavar="K", help="how many (default: %(default)s)"),
+        own.add_argument("--output", type=numbers(2), default=(7, 7), metavar="H,W", help="bins (default: 7,7)"),
+        own.add_argument(
+            "--scale",
+            type=numbers(1, float),
+            default=1.0,
+            metavar="TIMES",
+            help="size of the features over that of the image (default: %(default)s)",
+        ),
+        own.add_argument(
+            "--sampling-ratio",
+            type=int,
+            default=0,
+            metavar="N",
+            help="samples a bin and axis; 0, the default: adaptive",
+        ),
+        own.add_argument("--aligned", action="store_true", help="shift by half a pixel"),
+        own.add_argument(
+            "--box-side",
+            type=numbers(2, float),
+            default=(16, 224),
+            metavar="LEAST,MOST",
+            help="in pixels of the image (default: 16,224)",
+        ),
+        own.add_argument(
+            "--operator",
+            choices=("roi_align", "crop_and_resize"),
+            default="roi_align",
+            help="and peers that have it (default: %(default)s)",
+        ),
+        own.add_argument("--seed", type=int, default=0, metavar="N", help="of random numbers (default: %(default)s)"),
     ]
-    for name, steps in report["ms: median, least, most"].items():
-        for step, times in steps.items():
-            ms = {side: times[side][0] for side in sides if side in times}
-            cells = [f"{ms[side]:.1f}" if side in ms else "" for side in sides]
-            faster = [f"{ms['torchvision'] / ms[side]:.1f}" if "torchvision" in ms else "" for side in sides[1:]]
-            title = f"{name} {workloads.SPECS[name]['title']}" if step == "forward" else ""
-            lines.append(f"| {title} | {step} | {cells[0]} | {cells[1]} | {faster[0]} | {cells[2]} | {faster[1]} |")
-    return "\n".join(lines)
+    chosen = parser.parse_args(given)
+    if unknown := [name for name in chosen.names if name not in workloads.SPECS]:
+        parser.error(f"workload must be some of {' '.join(workloads.SPECS)}; got {' '.join(unknown)}")
+    if chosen.features is None:
+        for option in options:
+            if getattr(chosen, option.dest) != option.default:
+                parser.error(f"{option.option_strings[0]} is of a workload of your own, which needs --features N,C,H,W")
+    elif chosen.names:
+        parser.error("--features makes a workload of your own: name no other one beside it")
+    if chosen.box_side[0] > chosen.box_side[1]:
+        parser.error(f"argument --box-side: must be the least and the most; got {chosen.box_side}")
+    if chosen.sampling_ratio < 0 or chosen.seed < 0:
+        parser.error("--sampling-ratio and --seed must be 0 or more")
+    if chosen.save is None and chosen.compare is None:
+        chosen.save = LATEST
+    return parser, chosen
 
 
-def processor():
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def specs(chosen):
+    if chosen.features is None:
+        return {name: workloads.SPECS[name] for name in chosen.names or NAMES}
+    own = {
+        "title": f"{chosen.boxes} boxes, {'x'.join(map(str, chosen.features))}",
+        "operator": chosen.operator,
+        "shape": chosen.features,
+        "image": tuple(max(1, round(side / chosen.scale)) for side in chosen.features[2:]),
+        "K": chosen.boxes,
+        "side": chosen.box_side,
+        "scale": chosen.scale,
+        "out": chosen.output,
+        "sr": chosen.sampling_ratio,
+        "aligned": chosen.aligned,
+        "seed": chosen.seed,
+    }
+    return {"own": own}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=["W1", "W2", "W3", "W4", "W5"], help="workloads")
-    parser.add_argument("--runs", type=int, default=7, help="runs of each")
-    parser.add_argument("--json", type=Path, help="write the times here as well")
-    options = parser.parse_args()
-
-    versions = {"cupy_roialign": cr.__version__, "numpy": np.__version__, "python": platform.python_version()}
+def stored(parser, path):
     try:
-        import torch
-        import torchvision
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        parser.error(f"argument --compare: {path} cannot be read: {error}")
+    if not isinstance(found, dict) or not {report.TIMES, "workloads"} <= set(found):
+        parser.error(f"argument --compare: {path} is not what --save writes")
+    return found
 
-        versions |= {"torch": torch.__version__, "torchvision": torchvision.__version__}
-        peer = True
-    except (ImportError, RuntimeError):
-        peer = False
-    print(f"{processor()}; one thread; {', '.join(f'{k} {v}' for k, v in versions.items())}")
-    if not peer:
-        print("torchvision is not installed, or not with this torch: its column stays empty")
-    steps = ("forward", "feature gradient", "box gradient")
-    print(f"{'':4} {'':18} {'NCHW':>10} {'NHWC':>10} {'torchvision':>12}   ms, median")
-    results = {}
-    for name in options.names:
-        p = workloads.make(name)
-        sides = {"NCHW": ours(p, False), "NHWC": ours(p, True)} | ({"torchvision": torchvision_of(p)} if peer else {})
-        results[name] = {}
-        for number, step in enumerate(steps):
-            times = median_ms({side: f[number] for side, f in sides.items() if f[number] is not None}, options.runs)
-            results[name][step] = times
-            cells = [f"{times[side][0]:.1f}" if side in times else "" for side in ("NCHW", "NHWC", "torchvision")]
-            print(f"{name:4} {step:18} {cells[0]:>10} {cells[1]:>10} {cells[2]:>12}", flush=True)
-    if options.json:
-        report = {"processor": processor(), "threads": 1, "versions": versions, "ms: median, least, most": results}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
-        print(markdown(report))
+
+def run(chosen):
+    """The report: a process for each number of threads."""
+    done = {"runs": chosen.runs, "workloads": specs(chosen)}
+    times, differences = {}, {}
+    os.environ.update(ONE_BLAS_THREAD)  # which the processes below read when they import NumPy
+    for threads in chosen.threads:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            part = pool.submit(measure.run, done["workloads"], threads, chosen.runs).result()
+        times[threads], differences[threads] = part.pop("ms"), part.pop("differences")
+        done |= part
+    done |= {report.DIFFERENCES: differences, report.TIMES: times}
+    return json.loads(json.dumps(done))  # as it is when it is read again
+
+
+def main(given=None):
+    parser, chosen = arguments(given)
+    then = stored(parser, chosen.compare) if chosen.compare else None
+    try:
+        now = run(chosen)
+    except BrokenProcessPool:
+        return "the process that measured was ended from outside, as happens where there is not enough memory"
+    if chosen.save:
+        from benchmarks import picture
+
+        paths = [chosen.save.with_name(f"{chosen.save.name}.{kind}") for kind in ("json", "png")]
+        report.write(now, paths[0])
+        picture.draw(now, paths[1])
+        print(f"wrote {paths[0]} and {paths[1]}")
+    if then is None:
+        return 0
+    found = compare.changes(then, now)
+    if not found:
+        return f"nothing that was measured is in {chosen.compare} too: no workload, number of threads or way of ours"
+    print(f"then: {report.machine(then)}")
+    print(compare.lines(found, chosen.tolerance))
+    return int(any(change.slower > chosen.tolerance for change in found))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import numpy as np
 
 import cupy_roialign as cr
 from benchmarks import workloads
+from benchmarks.measure import difference, spread
 from cupy_roialign import cupy_backend
 from cupy_roialign.geometry import Dialect, Rule
 
@@ -59,7 +59,7 @@ class Timer:
             stop.record()
             stop.synchronize()
             times.append(cupy.cuda.get_elapsed_time(start, stop))
-        return [statistics.median(times), min(times), max(times)]
+        return spread(times)
 
     def bandwidth(self):
         """Bytes a second of a copy, those read and those written."""
@@ -84,7 +84,7 @@ def call_us(function, runs):
             function()
         times.append((time.perf_counter() - start) / runs * 1e6)
         cupy.cuda.Device().synchronize()
-    return [statistics.median(times), min(times), max(times)]
+    return spread(times)
 
 
 def ours(p, dtype, channels_last):
@@ -128,11 +128,7 @@ def sides_of(p, dtype):
 
 
 def off(actual, expected):
-    """The largest difference, in units of the largest value."""
-    actual, expected = (
-        np.asarray(a.get() if hasattr(a, "get") else a.detach().cpu(), np.float64) for a in (actual, expected)
-    )
-    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+    return difference(*(np.asarray(a.get() if hasattr(a, "get") else a.detach().cpu()) for a in (actual, expected)))
 
 
 def peak_bytes(function):
@@ -211,8 +207,8 @@ def measure(names, runs, flush_bytes, shrink):
                     times.setdefault(step, {})[side] = timer.ms(function)
                     # its boxes are of the features' dtype: in float16 they are other boxes
                     if dtype == "float32" and step in sides.get("torchvision", {}):
-                        difference = off(function(), sides["torchvision"][step]())
-                        report["largest difference from torchvision"][f"{case} {step} {side}"] = difference
+                        far = off(function(), sides["torchvision"][step]())
+                        report["largest difference from torchvision"][f"{case} {step} {side}"] = far
             if HAS_TORCH and dtype == "float32":
                 report["peak bytes"][case] = {
                     side: {step: peak_bytes(function) for step, function in sides[side].items()}

@@ -22,7 +22,7 @@ import torch
 
 import cupy_roialign as cr
 from benchmarks import workloads
-from benchmarks.__main__ import processor
+from benchmarks.measure import processor
 from cupy_roialign import autograd, numpy_backend, operators, ops, tensors
 
 

@@ -1,4 +1,4 @@
-"""Speed workloads W1..W5, numpy only. make(name) returns the arrays; the box generator is boxes().
+"""Speed workloads, numpy only. make(name) returns the arrays; the box generator is boxes().
 
 Boxes are x1,y1,x2,y2 in image pixels, float32, wholly inside the image; width and height are
 drawn independently, log-uniform between lo and hi (clipped to the image side)."""
@@ -6,7 +6,8 @@ drawn independently, log-uniform between lo and hi (clipped to the image side)."
 import numpy as np
 
 SPECS = {
-    # name: input NCHW, image (h, w), K, box side px, scale, out, sampling_ratio, aligned, seed
+    # name: input NCHW, image (h, w), K, box side px, scale, out, sampling_ratio, aligned, seed; operator, where it is
+    # not roi_align: crop_and_resize reads the boxes, but neither scale, sampling_ratio nor aligned
     "W1": {
         "title": "FPN-P2 box head",
         "shape": (1, 256, 200, 272),
@@ -67,9 +68,47 @@ SPECS = {
         "aligned": True,
         "seed": 105,
     },
-    # W1 geometry at the TF Mask R-CNN crop size; used for tf.image.crop_and_resize only
+    "tiny": {
+        "title": "one box, 8 channels",
+        "shape": (1, 8, 20, 20),
+        "image": (20, 20),
+        "K": 1,
+        "side": (8, 16),
+        "scale": 1.0,
+        "out": (7, 7),
+        "sr": 2,
+        "aligned": True,
+        "seed": 106,
+    },
+    "large": {
+        "title": "one box, 1/100 of a large image",
+        "shape": (1, 64, 4096, 4096),
+        "image": (4096, 4096),
+        "K": 1,
+        "side": (409.6, 409.6),
+        "scale": 1.0,
+        "out": (7, 7),
+        "sr": 2,
+        "aligned": True,
+        "seed": 107,
+    },
+    "W4tf": {
+        "title": "the same by crop_and_resize",
+        "operator": "crop_and_resize",
+        "shape": (4, 3, 1024, 1024),
+        "image": (1024, 1024),
+        "K": 64,
+        "side": (64, 800),
+        "scale": 1.0,
+        "out": (224, 224),
+        "sr": 1,
+        "aligned": True,
+        "seed": 104,
+    },
+    # W1 geometry at the TF Mask R-CNN crop size
     "W1tf": {
         "title": "W1 geometry, crop 14x14",
+        "operator": "crop_and_resize",
         "shape": (1, 256, 200, 272),
         "image": (800, 1088),
         "K": 512,
@@ -92,7 +131,11 @@ def boxes(K, image, side, rng):
 
 
 def make(name, data=True):
-    p = dict(SPECS[name])
+    return draw(SPECS[name], data)
+
+
+def draw(spec, data=True):
+    p = {"operator": "roi_align", **spec}
     rng = np.random.default_rng(p["seed"])
     b = boxes(p["K"], p["image"], p["side"], rng)
     n = p["shape"][0]

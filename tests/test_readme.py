@@ -103,9 +103,17 @@ def test_commands():
 
 
 def test_table_of_times_is_the_measured_one():
-    from benchmarks.__main__ import markdown
+    from benchmarks.report import section
 
-    assert markdown(json.loads((ROOT / "benchmarks/results/cpu.json").read_text())) in README
+    assert section(json.loads((ROOT / "benchmarks/results/cpu.json").read_text())) in README
+
+
+def test_command_of_the_benchmark():
+    from benchmarks.__main__ import arguments, specs
+
+    (text,) = re.findall(r"`python -m benchmarks (--[^`]+)`", README)
+    chosen = arguments(text.split())[1]
+    assert specs(chosen)["own"]["K"] == 512
 
 
 def test_numbers_of_stored_cases():
