@@ -505,8 +505,15 @@ def _spread_axis(values: np.ndarray, axis: int, length: int, blocks: list[Block]
     shape = list(values.shape)
     shape[axis] = length
     total = np.zeros(shape, values.dtype)
+    written = range(0)  # neighbouring blocks share hardly a pixel: all others are written once and not added up
     for block in blocks:
-        total[_at(axis, block.pixels)] += product(values[_at(axis, block.bins)], axis, block.matrix.T)
+        pixels = range(block.pixels.start, block.pixels.stop)
+        shared = slice(max(pixels.start, written.start), min(pixels.stop, written.stop))
+        before = total[_at(axis, shared)].copy() if shared.start < shared.stop else None
+        product(values[_at(axis, block.bins)], axis, block.matrix.T, total[_at(axis, block.pixels)])
+        if before is not None:
+            total[_at(axis, shared)] += before
+        written = range(min(pixels.start, written.start), max(pixels.stop, written.stop)) if written else pixels
     return total
 
 
