@@ -1,6 +1,6 @@
-"""What was measured, as JSON, on the screen, and as the tables of README.
+"""What was measured, as JSON, on the screen, and as tables.
 
-python -m benchmarks.report    # brings README up to date with results/cpu.json
+python -m benchmarks.report    # brings README (one thread) and benchmarks/README up to date with results/cpu.json
 """
 
 import json
@@ -67,11 +67,16 @@ def _rounded(value):
 BEGIN, END = "<!-- times: made by python -m benchmarks.report -->", "<!-- end of times -->"
 
 
-def section(report):
-    """What README says of it."""
+PAGES = {"README.md": lambda threads: threads == 1, "benchmarks/README.md": lambda threads: threads > 1}
+"""Which tables stand where."""
+
+
+def section(report, page):
+    """What a page says of it."""
     parts = [f"Median of {report['runs']}. {machine(report)}."]
     for threads, table in tables(report).items():
-        parts += [f"**{plural(threads).capitalize()}**", table]
+        if PAGES[page](threads):
+            parts += [f"**{plural(threads).capitalize()}**", table]
     return "\n\n".join([BEGIN, *parts, END])
 
 
@@ -111,10 +116,10 @@ def _measured(report, threads, side):
 
 def main():
     root = Path(__file__).parents[1]
-    readme = root / "README.md"
     report = json.loads((root / "benchmarks/results/cpu.json").read_text(encoding="utf-8"))
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    readme.write_text(before + section(report) + rest.split(END)[1], encoding="utf-8")
+    for page in PAGES:
+        before, rest = (root / page).read_text(encoding="utf-8").split(BEGIN)
+        (root / page).write_text(before + section(report, page) + rest.split(END)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

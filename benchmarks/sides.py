@@ -4,7 +4,6 @@ Peers are called below what they have for autograd, which costs them a little mo
 """
 
 import functools
-import math
 import os
 import platform
 from collections.abc import Callable
@@ -19,8 +18,6 @@ from cupy_roialign import numpy_backend, operators
 
 try:
     import scipy
-
-    from cupy_roialign import numpy_sparse  # noqa: F401  (may not import where SciPy does)
 except ImportError:
     scipy = None
 
@@ -28,8 +25,6 @@ STEPS = ("forward", "feature gradient", "box gradient")
 OURS = ("SciPy, NCHW", "SciPy, channels-last", "NumPy alone, NCHW", "NumPy alone, channels-last")
 ONE_THREAD = ", one thread"  # ends the names of ours with one thread among sides that have several
 PEERS = ("torchvision", "onnxruntime", "TensorFlow")
-
-FEW_CHANNELS = numpy_backend.FEW_CHANNELS
 
 
 @dataclass
@@ -46,7 +41,7 @@ def versions():
 
 
 def _use(way, threads):
-    numpy_backend.FEW_CHANNELS = FEW_CHANNELS if way == "SciPy" else math.inf
+    numpy_backend.SPARSE = None if way == "SciPy" else False
     cr.set_num_threads(threads)
 
 

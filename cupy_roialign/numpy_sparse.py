@@ -62,7 +62,8 @@ def is_faster(job: Job) -> bool:
     if count * (per_box + per_pixel * math.prod(job.shape[2:])) < CALL_NS:
         return False  # which is known without a look at the boxes
     entries, pixels = _estimates(job)
-    return bool(CALL_NS + ENTRY_NS * entries.sum() < count * per_box + per_pixel * pixels.sum())
+    touched = np.minimum(entries, pixels)
+    return bool(CALL_NS + ENTRY_NS * entries.sum() < count * per_box + per_pixel * touched.sum())
 
 
 def suits(job: Job) -> np.ndarray:

@@ -248,7 +248,7 @@ def test_results_that_differ_are_an_error():
 
 @pytest.fixture
 def as_before(monkeypatch):
-    monkeypatch.setattr(numpy_backend, "FEW_CHANNELS", numpy_backend.FEW_CHANNELS)
+    monkeypatch.setattr(numpy_backend, "SPARSE", None)
     yield
     cr.set_num_threads(None)
 
