@@ -50,7 +50,7 @@ Edge = tuple[int, int]
 
 
 # Nanoseconds that a forward pass takes, beside what both ways take: fitted to measured times (benchmarks/README.md).
-CALL_NS, ENTRY_NS = 200_000, 20
+CALL_NS, ENTRY_NS, PIXEL_NS = 200_000, 20, 0.6
 DENSE_BOX_NS, DENSE_BLOCK_NS, DENSE_PIXEL_NS, DENSE_PRODUCT_NS = 16_000, 2_500, 0.4, 0.02
 
 
@@ -62,8 +62,10 @@ def is_faster(job: Job) -> bool:
     if count * (per_box + per_pixel * math.prod(job.shape[2:])) < CALL_NS:
         return False  # which is known without a look at the boxes
     entries, pixels = _estimates(job)
-    touched = np.minimum(entries, pixels)
-    return bool(CALL_NS + ENTRY_NS * entries.sum() < count * per_box + per_pixel * touched.sum())
+    touched = np.minimum(entries, pixels).sum()
+    copied = min(touched, job.shape[0] * math.prod(job.shape[2:]))
+    own = CALL_NS + ENTRY_NS * entries.sum() + PIXEL_NS * channels * copied
+    return bool(own < count * per_box + per_pixel * touched)
 
 
 def suits(job: Job) -> np.ndarray:
@@ -75,11 +77,12 @@ def suits(job: Job) -> np.ndarray:
 
 
 def _estimates(job: Job) -> tuple[np.ndarray, np.ndarray]:
-    """(K,) and (K,): at most about how many entries of the matrix, and pixels, a box has."""
+    """(K,) and (K,): about how many entries of the matrix, and pixels, a box has."""
     entries, pixels = 1.0, 1.0
     for axis, samples, bins, size in zip(job.axes, job.samples, job.rule.bins, job.shape[2:], strict=True):
         pitch = np.abs(axis.bin)
-        entries = entries * np.fmin(2 * samples, bins * (pitch + 3))
+        between = pitch * (1 - 1 / np.maximum(axis.samples, 1))  # the first and the last sample of a bin
+        entries = entries * np.fmin(2 * samples, bins * (between + 2))
         pixels = pixels * np.fmin(size, bins * pitch + 3)
     return np.asarray(entries), np.asarray(pixels)
 

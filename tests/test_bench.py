@@ -254,7 +254,7 @@ def as_before(monkeypatch):
 
 
 def test_ours_are_what_their_names_say(as_before, monkeypatch):
-    p = workloads.draw(workloads.SPECS["W5"])
+    p = workloads.draw({**workloads.SPECS["W5"], "K": 100})
     dense = []
     monkeypatch.setattr(
         numpy_dense, "forward", lambda *arguments, was=numpy_dense.forward: dense.append(1) or was(*arguments)
