@@ -1,7 +1,7 @@
 """The CPU: an operator and its two gradients on NumPy arrays.
 
-Boxes are worked on by one of two ways: all of them as one sparse matrix, where SciPy is installed (numpy_sparse.py),
-or one by one by small dense matrices (numpy_dense.py).
+Boxes are worked on by one of two ways: all of them as one sparse matrix, where SciPy is installed and that is faster
+(numpy_sparse.py), or one by one by small dense matrices (numpy_dense.py).
 
 Shapes and dtypes have been checked (validation.py).
 """
@@ -55,7 +55,7 @@ def forward(
     job = _job(features, boxes, batch_indices, rule, directions)
     output = _allocate(np.empty, features, (len(boxes), features.shape[1], *rule.bins), _output_dtype(features))
     if output.size:
-        for way, numbers in _ways(job):
+        for way, numbers in [(numpy_dense, np.arange(len(boxes)))] if directions else _ways(job):
             way.forward(job, numbers, features, output)
         if not np.isfinite(job.boxes).all():
             output[~geometry.finite_boxes(rule, job.boxes)] = np.nan
@@ -101,8 +101,8 @@ def box_gradient(
     job = _job(features, boxes, batch_indices, rule, directions)
     gradient = np.zeros(boxes.shape, np.float64)
     if grad_output.size and not rule.nearest:
-        for way, numbers in _ways(job):
-            way.box_gradient(job, numbers, grad_output, features, gradient)
+        # Slopes are differences of pixels that may be large, so each box needs a level of its own to count from.
+        numpy_dense.box_gradient(job, np.arange(len(boxes)), grad_output, features, gradient)
     if not np.isfinite(job.boxes).all():
         gradient[np.ix_(~geometry.finite_boxes(rule, job.boxes), np.array(rule.columns))] = np.nan
     return gradient.astype(boxes.dtype.newbyteorder("="), copy=False)
@@ -115,14 +115,13 @@ SPARSE: bool | None = None
 def _ways(job: Job) -> Iterator[tuple[Any, np.ndarray]]:
     """How to work on which boxes."""
     numbers = np.arange(len(job.boxes))
-    sparse = numpy_sparse.is_faster(job) if SPARSE is None else SPARSE
-    if not sparse or not numpy_sparse.is_installed():
+    some = None if SPARSE is False else numpy_sparse.suited(job, SPARSE is True)
+    if some is None or not numpy_sparse.is_installed():
         yield numpy_dense, numbers
         return
-    suited = numpy_sparse.suits(job)
-    yield numpy_sparse, numbers[suited]
-    if not suited.all():
-        yield numpy_dense, numbers[~suited]
+    yield numpy_sparse, numbers[some]
+    if not some.all():
+        yield numpy_dense, numbers[~some]
 
 
 def _job(

@@ -95,17 +95,20 @@ def box_gradient(
     """Adds the gradients to some boxes."""
     layout = _Layout.of(job.shape[1])
     for chunk in _Plan(job, numbers).chunks():
-        grads = chunk.of(grad_output)
         flats = [np.zeros_like(weights.flat) for weights in chunk.weights]
         slopes = [weights.blocks(flat) for weights, flat in zip(chunk.weights, flats, strict=True)]
         for piece in chunk.pieces:
             source = _Source(features, layout, piece, job.dtype)
 
             def take(
-                box: _Box, piece: _Piece = piece, source: _Source = source, grads: np.ndarray = grads, to: Any = slopes
+                box: _Box, chunk: _Chunk = chunk, piece: _Piece = piece, source: _Source = source, to: Any = slopes
             ) -> None:
                 window = source.level_window(box)
-                grad = layout.view(grads[box.number, piece.channels]).astype(job.dtype, copy=False)
+                grad = chunk.of(grad_output)[box.number, piece.channels]
+                if not _is_finite(grad):  # bins without a sample stay as they are, whatever the gradient there
+                    inside_y, inside_x = chunk.inside()
+                    grad = np.where(inside_y[box.place][:, None] & inside_x[box.place], grad, 0)
+                grad = layout.view(grad).astype(job.dtype, copy=False)
                 for axis, others in box.partners(job.directions):
                     _add_weight_gradient(to[axis][box.place], axis, grad, window, others, layout.axes)
 
@@ -304,7 +307,8 @@ class _Plan(NamedTuple):
                 yield from self._cut(chosen, part)
 
     def _weights(self, axes: list[geometry.Axis], axis: int, part: geometry.Part) -> AxisWeights:
-        return AxisWeights(Taps(self.job.rule, axes[axis], part, self.job.shape[2 + axis]), self.job.dtype)
+        taps = Taps(self.job.rule, axes[axis], part, self.job.shape[2 + axis])
+        return AxisWeights(taps, self.job.dtype, 0.5 if self.job.shape[1] < FEW_CHANNELS else 0.75)
 
     def _cut(self, chosen: np.ndarray, axes: list[geometry.Axis]) -> Iterator[_Chunk]:
         """One box, in parts that the workspace holds; the parts of the same bins one after another."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from cupy_roialign import geometry
 
-WORKSPACE = 32 * 2**20
+WORKSPACE = 64 * 2**20
 """Bytes that a copy of features may take, and as many the weights of the boxes at work, and their crops."""
 
 

@@ -18,14 +18,9 @@ from cupy_roialign import arrays, geometry, numpy_job, threads
 from cupy_roialign.numpy_job import Job, fill_outside
 from cupy_roialign.numpy_weights import BLOCK, AxisRows, Pixels, Taps, count_of, some_of, span
 
-ENTRY_BYTES = 64
-"""Of an entry of the matrix, while it is made."""
-
-SAMPLE_BYTES = 256
-"""Of a sample along an axis."""
-
-ALL_PIXELS = 2**22
-"""Pixels of features that are used as they are. A matrix takes a few bytes for each of them, touched or not."""
+ENTRY_BYTES, SAMPLE_BYTES, PIXEL_BYTES = 128, 512, 256
+"""Of an entry of the matrix, a sample along an axis, and a pixel or bin of a block of channels: what there is of each
+at once is to be far less than the workspace, which they all share."""
 
 BLOCK_BYTES = 128
 """Channels that are brought into order at once, as bytes of a pixel."""
@@ -45,82 +40,73 @@ LINE = 64
 SAME_PLACE = 4096
 """Memory so many bytes apart falls on one place in the cache."""
 
-Edge = tuple[int, int]
-"""An edge of each box: its axis, and whether it is the lower (0) or upper one (1)."""
+MOST_ENTRIES = 64
+"""Entries of a bin, at most: they are added up one by one, so that of more of them rounding would show."""
+
+# Nanoseconds, fitted to times of both ways on some hundred shapes: what a sparse matrix takes besides, what is gained
+# by a box that goes this way, by a product and by a pixel of it, and what an entry takes, and its products.
+BESIDES_NS, BOX_NS, PRODUCT_NS, PIXEL_NS, ENTRY_NS, ENTRY_PRODUCT_NS = 600_000, 30_000, 0.04, 0.18, 16, 0.08
 
 
-# Nanoseconds that a forward pass takes, beside what both ways take: fitted to measured times (benchmarks/README.md).
-CALL_NS, ENTRY_NS, PIXEL_NS = 200_000, 20, 0.6
-DENSE_BOX_NS, DENSE_BLOCK_NS, DENSE_PIXEL_NS, DENSE_PRODUCT_NS = 16_000, 2_500, 0.4, 0.02
+def suited(job: Job, forced: bool) -> np.ndarray | None:
+    """(K,) bool: the boxes to work on this way, because it is faster or `forced`; None if there are none."""
+    count, channels, bins = len(job.boxes), job.shape[1], math.prod(job.rule.bins)
 
+    def dense_ns(pixels: Any) -> Any:
+        products = PRODUCT_NS * min(BLOCK, max(job.rule.bins)) * (pixels + bins)
+        return BOX_NS + channels * np.maximum(products, PIXEL_NS * pixels)
 
-def is_faster(job: Job) -> bool:
-    """Whether a sparse matrix of all boxes is made in less time than products of dense ones for each would take."""
-    count, channels = len(job.boxes), job.shape[1]
-    per_box = DENSE_BOX_NS + DENSE_BLOCK_NS * sum(-(-bins // BLOCK) for bins in job.rule.bins)
-    per_pixel = channels * (DENSE_PIXEL_NS + DENSE_PRODUCT_NS * min(BLOCK, max(job.rule.bins)))
-    if count * (per_box + per_pixel * math.prod(job.shape[2:])) < CALL_NS:
-        return False  # which is known without a look at the boxes
-    entries, pixels = _estimates(job)
-    touched = np.minimum(entries, pixels).sum()
-    copied = min(touched, job.shape[0] * math.prod(job.shape[2:]))
-    own = CALL_NS + ENTRY_NS * entries.sum() + PIXEL_NS * channels * copied
-    return bool(own < count * per_box + per_pixel * touched)
-
-
-def suits(job: Job) -> np.ndarray:
-    """(K,) bool: the boxes that have few enough samples and entries, and lie in few enough pixels."""
-    entries, pixels = _estimates(job)
-    costs = np.maximum(entries * ENTRY_BYTES, pixels * BLOCK_BYTES)
-    costs = np.maximum(costs, (job.samples[0] + job.samples[1]) * SAMPLE_BYTES)
-    return np.maximum(costs, math.prod(job.rule.bins) * BLOCK_BYTES) <= numpy_job.WORKSPACE
-
-
-def _estimates(job: Job) -> tuple[np.ndarray, np.ndarray]:
-    """(K,) and (K,): about how many entries of the matrix, and pixels, a box has."""
-    entries, pixels = 1.0, 1.0
-    for axis, samples, bins, size in zip(job.axes, job.samples, job.rule.bins, job.shape[2:], strict=True):
+    if not forced and count * dense_ns(math.prod(job.shape[2:])) < BESIDES_NS:
+        return None  # which is known without a look at the boxes
+    entries: Any = 1
+    pixels: Any = 1
+    for axis, samples, along, size in zip(job.axes, job.samples, job.rule.bins, job.shape[2:], strict=True):
         pitch = np.abs(axis.bin)
         between = pitch * (1 - 1 / np.maximum(axis.samples, 1))  # the first and the last sample of a bin
-        entries = entries * np.fmin(2 * samples, bins * (between + 2))
-        pixels = pixels * np.fmin(size, bins * pitch + 3)
-    return np.asarray(entries), np.asarray(pixels)
+        entries = entries * np.fmin(2 * samples, along * (between + 2))
+        pixels = pixels * np.fmin(size, along * pitch + 3)
+    costs = np.maximum(entries * ENTRY_BYTES, pixels * PIXEL_BYTES)
+    costs = np.maximum(costs, (job.samples[0] + job.samples[1]) * SAMPLE_BYTES)
+    fits = np.maximum(costs, bins * PIXEL_BYTES) <= numpy_job.WORKSPACE
+    fits &= entries <= MOST_ENTRIES * bins
+    if forced:
+        return fits if fits.any() else None
+    gains = dense_ns(np.minimum(entries, pixels)) - entries * (ENTRY_NS + ENTRY_PRODUCT_NS * channels)
+    fits &= gains >= 0
+    return fits if gains[fits].sum() > BESIDES_NS else None
 
 
-@functools.cache
 def is_installed() -> bool:
     """Whether SciPy is, for this NumPy. It takes longer to import than NumPy, so only where there is use for it."""
-    try:
-        _scipy()
-    except ImportError:
-        return False
-    return True
+    return _csr_array() is not None
 
 
 @functools.cache
-def _scipy() -> Any:
-    from scipy import sparse
-
-    return sparse
+def _csr_array() -> Any:
+    try:
+        from scipy.sparse import csr_array
+    except (ImportError, AttributeError, ValueError):  # not there, too old, or built for another NumPy
+        return None
+    return csr_array
 
 
 def forward(job: Job, numbers: np.ndarray, features: np.ndarray, output: np.ndarray) -> None:
-    """Writes the crops of some boxes."""
-    whole = None if job.directions else _matrix_of(features, job.dtype)
+    """Writes the crops of some boxes. Not their derivatives: see `box_gradient` of numpy_backend.py."""
+    whole = _matrix_of(features, job.dtype)
     blocks = _blocks(features, job.dtype, whole is not None)
     for chunk in _chunks(job, numbers, whole is not None):
         parts = chunk.parts(chunk.matrix(), blocks[0].stop)
 
         def take(task: tuple[list[_Part], slice], chunk: _Chunk = chunk) -> None:
             parts, channels = task
-            pixels = chunk.pixels_of(features, channels, bool(job.directions)) if whole is None else whole
+            pixels = chunk.pixels_of(features, channels) if whole is None else whole
             for part in parts:
                 output[chunk.select(part.boxes), channels] = chunk.as_crops(part.matrix @ pixels)
             if whole is None:
                 chunk.spare(pixels)
 
-        threads.run(take, _tasks(parts, blocks, whole is not None), chunk.multiplications)
-        if job.rule.extrapolation_value != 0 and not job.directions:
+        threads.run(take, _tasks(parts, blocks, whole is not None), chunk.multiplications, chunk.threads(blocks))
+        if job.rule.extrapolation_value != 0:
             fill_outside(output, chunk.numbers, *chunk.inside(), job.rule.extrapolation_value)
 
 
@@ -128,7 +114,9 @@ def feature_gradient(
     job: Job, numbers: np.ndarray, grad_output: np.ndarray, total: np.ndarray, begun: set[int]
 ) -> None:
     """Adds the gradients of the crops of some boxes. `begun`: the images where `total` may not be 0 any more."""
-    whole = None if _matrix_of(total, job.dtype) is None else _matrix_of(grad_output, job.dtype)
+    # A transposed matrix takes memory for each column: pixels of all images only if there are not far more than bins.
+    few_pixels = total[:, 0].size <= 4 * len(numbers) * math.prod(job.rule.bins)
+    whole = _matrix_of(grad_output, job.dtype) if few_pixels and _matrix_of(total, job.dtype) is not None else None
     blocks = _blocks(total, job.dtype, whole is not None)
     for chunk in _chunks(job, numbers, whole is not None):
         strips = chunk.strips(chunk.matrix().T.tocsr(), blocks[0].stop, begun)
@@ -141,36 +129,8 @@ def feature_gradient(
             if whole is None:
                 chunk.spare(crops)
 
-        threads.run(add, _tasks(strips, blocks, whole is not None), chunk.multiplications)
+        threads.run(add, _tasks(strips, blocks, whole is not None), chunk.multiplications, chunk.threads(blocks))
         begun.update(chunk.images)
-
-
-def box_gradient(
-    job: Job, numbers: np.ndarray, grad_output: np.ndarray, features: np.ndarray, gradient: np.ndarray
-) -> None:
-    """Writes the gradients to some boxes: those to the crops, times how the crops change along each edge."""
-    edges = [(axis, end) for axis in (0, 1) for end in (0, 1)]
-    blocks = _blocks(features, job.dtype, whole=False)
-    for chunk in _chunks(job, numbers, whole=False):
-        parts = [chunk.parts(chunk.matrix(edge), blocks[0].stop) for edge in edges]
-        sums = np.zeros((len(blocks), len(edges), len(chunk.numbers)))
-
-        def take(block: int, chunk: _Chunk = chunk, parts: list[Any] = parts, sums: np.ndarray = sums) -> None:
-            pixels = chunk.pixels_of(features, blocks[block], level=True)
-            grads = chunk.crops_of(grad_output, blocks[block])
-            grads[chunk.without_sample] = 0  # whatever it is: these crops do not change
-            each = grads.reshape(len(chunk.numbers), -1)
-            for same in zip(*parts, strict=True):
-                for edge, part in enumerate(same):
-                    some = each[part.boxes]
-                    changes = (part.matrix @ pixels).reshape(some.shape)
-                    sums[block, edge, part.boxes] = np.einsum("ij,ij->i", some, changes)
-            chunk.spare(pixels)
-            chunk.spare(grads)
-
-        threads.run(take, range(len(blocks)), len(edges) * chunk.multiplications)
-        for (axis, end), total in zip(edges, sums.sum(axis=0), strict=True):
-            gradient[chunk.numbers, job.rule.columns[axis + 2 * end]] = total
 
 
 # ---- the matrix ----
@@ -241,13 +201,15 @@ class _Boxes:
         self.entries = self.along[0] * self.along[1]  # (K,)
         self._values: dict[Any, np.ndarray] = {}
 
-    def values(self, axis: int, taken: int | None, edge: Edge | None) -> np.ndarray:
-        """An axis' weights or, where it takes a direction, how they change. `edge` is one more than the job's."""
-        key = axis, taken, edge if taken == len(self.job.directions) else None
-        if key not in self._values:
-            taps = self.taps[axis].weights if taken is None else self._changes(axis, taken, edge)
-            self._values[key] = self.rows[axis].values(*taps)
-        return self._values[key]
+    def values(self, axis: int, direction: int | None) -> np.ndarray:
+        """The entries along an axis: its weights or, where it takes a direction, how they change."""
+        if (axis, direction) not in self._values:
+            taps = self.taps[axis].weights
+            if direction is not None:
+                edges = self.job.edges(direction, axis, self.numbers)
+                taps = self.taps[axis].changes(*self.axes[axis].change(*edges))
+            self._values[axis, direction] = self.rows[axis].values(*taps)
+        return self._values[axis, direction]
 
     def touched(self, some: slice) -> tuple[np.ndarray, np.ndarray]:
         """The rows and columns of pixels that some boxes touch, by whose places there they go by from here on."""
@@ -257,13 +219,6 @@ class _Boxes:
             pixels, rows.pixel[entries] = np.unique(rows.pixel[entries], return_inverse=True)
             found.append(pixels)
         return found[0], found[1]
-
-    def _changes(self, axis: int, taken: int, edge: Edge | None) -> tuple[np.ndarray, np.ndarray]:
-        if taken < len(self.job.directions):
-            low, high = self.job.edges(taken, axis, self.numbers)
-        else:
-            low, high = (np.full(len(self.numbers), float(edge == (axis, end))) for end in (0, 1))
-        return self.taps[axis].changes(*self.axes[axis].change(low, high))
 
 
 class _Chunk:
@@ -296,25 +251,18 @@ class _Chunk:
         self._column = column.astype(np.int32)  # (entries,)
         self._spare: list[np.ndarray] = []
 
-    def matrix(self, edge: Edge | None = None) -> Any:
-        """(bins, pixels): the weights or, with directions, how they change; `edge` is one more direction."""
-        job, last = self._boxes.job, len(self._boxes.job.directions)
-        total = np.zeros(len(self._column))
-        for taken in geometry.terms(last + (edge is not None)):
-            if edge is None or taken[edge[0]] == last:  # weights along the other axis do not change with this edge
-                along_y, along_x = (self._boxes.values(axis, taken[axis], edge) for axis in (0, 1))
-                total += np.repeat(along_y[self._line], self._length) * along_x[self._entry]
+    def matrix(self) -> Any:
+        """(bins, pixels): the weights or, with directions, how they change."""
+        job, total = self._boxes.job, np.zeros(len(self._column))
+        for taken in geometry.terms(len(job.directions)):
+            along_y, along_x = (self._boxes.values(axis, taken[axis]) for axis in (0, 1))
+            total += np.repeat(along_y[self._line], self._length) * along_x[self._entry]
         values = total.astype(job.dtype)
         # NaN and infinities reach only where their weight is not 0: there must be no entries that are.
         kept = values != 0
         begin = np.concatenate([[0], np.cumsum(kept)])[self._begin].astype(np.int32)
         shape = (len(begin) - 1, self._windows[-1].columns.stop)
-        return _scipy().csr_array((values[kept], self._column[kept], begin), shape=shape)
-
-    @property
-    def without_sample(self) -> np.ndarray:
-        """(bins,) bool."""
-        return np.diff(self._begin) == 0
+        return _csr_array()((values[kept], self._column[kept], begin), shape=shape)
 
     def inside(self) -> tuple[np.ndarray, np.ndarray]:
         """(k, bins_y) and (k, bins_x) bool: the bin has a sample inside the image."""
@@ -325,6 +273,12 @@ class _Chunk:
     def multiplications(self) -> int:
         """Of a product with all channels."""
         return len(self._column) * self._boxes.job.shape[1]
+
+    def threads(self, blocks: list[slice]) -> int:
+        """The most at work at once, so that what they bring into order stays within the workspace."""
+        channels = 0 if len(blocks) == 1 else blocks[0].stop
+        pixels = self._windows[-1].columns.stop + math.prod(self._shape)
+        return max(1, numpy_job.WORKSPACE // max(1, pixels * channels * self._boxes.job.dtype.itemsize))
 
     def parts(self, matrix: Any, channels: int) -> list[_Part]:
         """The matrix cut into boxes whose crops, of so many channels, stay in the cache."""
@@ -371,19 +325,13 @@ class _Chunk:
             return slice(int(numbers[0]), int(numbers[-1]) + 1)
         return numbers
 
-    def pixels_of(self, features: np.ndarray, channels: slice, level: bool) -> np.ndarray:
-        """(pixels, channels), as columns of the matrix.
-
-        With `level` each window less one pixel of it: slopes are the same, and small against less of an offset.
-        """
+    def pixels_of(self, features: np.ndarray, channels: slice) -> np.ndarray:
+        """(pixels, channels), as columns of the matrix."""
         copy = np.copyto if arrays.is_channels_last(features.shape, features.strides) else _to_pixels
         pixels = self._memory(self._windows[-1].columns.stop, len(range(features.shape[1])[channels]))
         for window in self._windows:
             source = window.of(features[:, channels])
-            target = pixels[window.columns]
-            copy(target.reshape(source.shape), source)
-            if level and target.size:
-                target -= np.where(np.isfinite(target[0]), target[0], 0)
+            copy(pixels[window.columns].reshape(source.shape), source)
         return pixels
 
     def _memory(self, *shape: int) -> np.ndarray:
@@ -431,19 +379,20 @@ def _chunks(job: Job, numbers: np.ndarray, whole: bool) -> Iterator[_Chunk]:
         places[1:] = [_tile(*one) for one in zip(job.axes, job.rule.bins, job.shape[2:], strict=True)]
         numbers = numbers[np.lexsort(places[::-1, numbers])]
     samples = (job.samples[0] + job.samples[1])[numbers]
+    all_pixels = _all_pixels(job.shape) if whole else []
     for some in numpy_job.runs(samples * (SAMPLE_BYTES / numpy_job.WORKSPACE)):
         boxes = _Boxes(job, numbers[some])
-        cost = np.maximum(boxes.entries * ENTRY_BYTES, math.prod(job.rule.bins) * BLOCK_BYTES) / numpy_job.WORKSPACE
+        cost = np.maximum(boxes.entries * ENTRY_BYTES, math.prod(job.rule.bins) * PIXEL_BYTES) / numpy_job.WORKSPACE
         if whole:
             for run in numpy_job.runs(cost):
-                yield _Chunk(boxes, run, _all_pixels(job.shape), places[0, boxes.numbers[run]])
+                yield _Chunk(boxes, run, all_pixels, places[0, boxes.numbers[run]])
         else:
             yield from _chunks_in_windows(boxes, places[:, boxes.numbers], cost)
 
 
 def _chunks_in_windows(boxes: _Boxes, places: np.ndarray, cost: np.ndarray) -> Iterator[_Chunk]:
     """Boxes of one place share a window, unless there are fewer pixels in windows of their own."""
-    most = numpy_job.WORKSPACE // BLOCK_BYTES
+    most = numpy_job.WORKSPACE // PIXEL_BYTES
     changes = _changes(places)
     starts, place = np.flatnonzero(changes), np.cumsum(changes) - 1
     extent = boxes.stop - boxes.first
@@ -512,7 +461,7 @@ def _matrix_of(array: np.ndarray, dtype: np.dtype) -> np.ndarray | None:
     """(N, C, H, W) as (N*H*W, C), if that is how it lies in memory."""
     last = array.transpose(0, 2, 3, 1)
     ready = array.dtype == dtype and last.flags.c_contiguous and last.flags.aligned
-    return last.reshape(-1, array.shape[1]) if ready and array[:, 0].size <= ALL_PIXELS else None
+    return last.reshape(-1, array.shape[1]) if ready and array[:, 0].size < 2**31 else None
 
 
 def _blocks(array: np.ndarray, dtype: np.dtype, whole: bool) -> list[slice]:
@@ -532,7 +481,7 @@ def _rows(matrix: Any, start: int, stop: int) -> Any:
     begin = matrix.indptr[start : stop + 1]
     entries = slice(begin[0], begin[-1])
     shape = (stop - start, matrix.shape[1])
-    return _scipy().csr_array((matrix.data[entries], matrix.indices[entries], begin - begin[0]), shape=shape)
+    return _csr_array()((matrix.data[entries], matrix.indices[entries], begin - begin[0]), shape=shape)
 
 
 def _to_pixels(target: np.ndarray, source: np.ndarray) -> None:

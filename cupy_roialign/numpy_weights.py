@@ -12,11 +12,8 @@ from cupy_roialign import geometry
 BLOCK = 16
 """Bins in one matrix. Neighbouring bins touch neighbouring pixels, so hardly a product is with zero."""
 
-DENSE = 0.5
-"""Share of the pixels between a box's first and last from which on all of them are taken, as one slice."""
-
-NARROW = 64
-"""So many pixels from a box's first to its last are all taken, without a look at which of them it touches."""
+FEW_BOXES, NARROW = 16, 64
+"""Of so few boxes, so few pixels from the first to the last are all taken, without a look at which they touch."""
 
 Pixels = slice | np.ndarray
 """Rows or columns of an image, in increasing order."""
@@ -104,7 +101,8 @@ class AxisWeights:
     samples, and no more than the image.
     """
 
-    def __init__(self, taps: Taps, dtype: np.dtype):
+    def __init__(self, taps: Taps, dtype: np.dtype, dense: float):
+        """`dense`: the share of the pixels between first and last from which on all of them are taken, as a slice."""
         count, bins = taps.shape
         self.taps = taps
         self.dtype = dtype
@@ -115,13 +113,13 @@ class AxisWeights:
         self.counts = extent  # (K,) pixels a box
         self._touched: list[np.ndarray | None] = [None] * count
         low, high = taps.low - self.first[taps.box], taps.high - self.first[taps.box]
-        if extent.max(initial=0) > NARROW:
+        if count > FEW_BOXES or extent.max(initial=0) > NARROW:
             origin = np.cumsum(extent) - extent
             shift = origin[taps.box]
             touched = np.zeros(int(extent.sum()), bool)
             touched[low + shift] = touched[high + shift] = True
             rank = np.concatenate([[0], np.cumsum(touched)])
-            sparse = (extent > NARROW) & (rank[origin + extent] - rank[origin] < DENSE * extent)
+            sparse = rank[origin + extent] - rank[origin] < dense * extent
             touched |= np.repeat(~sparse, extent)
             rank = np.concatenate([[0], np.cumsum(touched)])
             begin = rank[origin]

@@ -27,17 +27,23 @@ def get_num_threads() -> int:
     What `set_num_threads` was given; otherwise the environment variable ``CUPY_ROIALIGN_NUM_THREADS``; otherwise the
     CPUs that this process may use, by its affinity and its control group, or fewer, where PyTorch is loaded and uses
     fewer: in the workers of its DataLoader one.
+
+    NumPy's matrix products have threads of their own, which OPENBLAS_NUM_THREADS, MKL_NUM_THREADS or the package
+    threadpoolctl limits.
     """
-    if _chosen is not None:
-        return _chosen
+    chosen = _chosen or _from_environment()
+    if chosen:
+        return chosen
+    torch: Any = sys.modules.get("torch")
+    most = torch.get_num_threads() if hasattr(torch, "get_num_threads") else _usable_cpus()
+    return min(most, _usable_cpus())
+
+
+def _from_environment() -> int | None:
     text = os.environ.get(VARIABLE, "").strip()
-    if not text:
-        torch: Any = sys.modules.get("torch")
-        most = torch.get_num_threads() if hasattr(torch, "get_num_threads") else _usable_cpus()
-        return min(most, _usable_cpus())
-    if not text.isdecimal() or int(text) < 1:
+    if text and (not text.isdecimal() or int(text) < 1):
         raise ValueError(f"the environment variable {VARIABLE} must be a whole number from 1 on; got {text!r}")
-    return int(text)
+    return int(text) if text else None
 
 
 def set_num_threads(count: int | None) -> None:
@@ -57,14 +63,18 @@ def set_num_threads(count: int | None) -> None:
     _chosen = None if count is None else int(count)
 
 
-def run(work: Callable[[Item], None], items: Iterable[Item], multiplications: int) -> None:
-    """work(item) for each of the items, which must not depend on each other, on as many threads as are worth it.
+def run(work: Callable[[Item], None], items: Iterable[Item], multiplications: int, most: int = 2**16) -> None:
+    """work(item) for each of the items, which must not depend on each other, on `most` threads or as are worth it.
 
     Threads live for one call: so there are none to go wrong when the process forks, and callers in several threads do
     not wait for each other.
     """
     items = list(items)
-    count = min(get_num_threads(), len(items)) if multiplications >= WORTH_IT else 1
+    count = 1
+    if multiplications >= WORTH_IT:
+        count = min(get_num_threads(), len(items), most)
+    elif _chosen is None:
+        _from_environment()  # so that a wrong one is not found by large calls only
     if count == 1:
         for item in items:
             work(item)
@@ -85,19 +95,38 @@ def run(work: Callable[[Item], None], items: Iterable[Item], multiplications: in
                 except BaseException as error:
                     errors.append(error)
 
-    helpers = [threading.Thread(target=take, name=f"cupy_roialign-{number}") for number in range(1, count)]
-    started = []
-    for helper in helpers:
+    ended = []
+
+    def help(end: threading.Event) -> None:
         try:
-            helper.start()
-        except RuntimeError:  # no more threads to be had; those that there are do all
-            break
-        started.append(helper)
-    take()
-    for helper in started:
-        helper.join()
+            take()
+        finally:
+            end.set()
+
+    try:
+        for number in range(1, count):
+            end = threading.Event()
+            threading.Thread(target=help, args=(end,), name=f"cupy_roialign-{number}").start()
+            ended.append(end)
+    except RuntimeError:  # no more threads to be had; those that there are do all
+        pass
+    except BaseException as error:
+        errors.append(error)
+    try:
+        take()
+    except BaseException as error:  # an interrupt between two items
+        errors.append(error)
+    for end in ended:
+        while not end.is_set():  # not Thread.join: interrupted, it takes a thread that runs for one that has ended
+            try:
+                end.wait()
+            except BaseException as error:
+                errors.append(error)
     if errors:
-        raise errors[0]
+        try:
+            raise errors[0]
+        finally:
+            errors.clear()  # or the error would hold its own traceback, and that all arrays
 
 
 def _usable_cpus() -> int:

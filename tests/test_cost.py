@@ -57,7 +57,7 @@ def test_samples_tried_for_a_huge_box(edges, real, dialect, options):
         first, stop = geometry._candidates(rule, axis, origin, SIZE)
     tried = int((stop - first).sum())
     assert tried <= 2 * SIZE + BINS * (geometry.EVERY_SAMPLE + 16)
-    weights = AxisWeights(Taps(rule, axis, Part(range(BINS)), SIZE), np.dtype(np.float32))
+    weights = AxisWeights(Taps(rule, axis, Part(range(BINS)), SIZE), np.dtype(np.float32), 0.75)
     assert weights.flat.size <= BINS * SIZE
     assert weights.counts.max() <= SIZE
 

@@ -1,10 +1,14 @@
 """Threads of the CPU backend: how many, the same bits with any number, and what may go wrong around them."""
 
 import concurrent.futures
+import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -64,6 +68,8 @@ def test_variable_and_function(monkeypatch):
         monkeypatch.setenv(threads.VARIABLE, text)
         with pytest.raises(ValueError, match=f"{threads.VARIABLE} must be a whole number.*{text}"):
             cr.get_num_threads()
+        with pytest.raises(ValueError, match=threads.VARIABLE):  # however small the work
+            threads.run(print, [], 0)
 
 
 @pytest.mark.parametrize(("count", "error"), [(0, ValueError), (-2, ValueError), (1.0, TypeError), (True, TypeError)])
@@ -209,3 +215,46 @@ atexit.register(lambda: print(cr.roi_align(features, [boxes], 2).sum()))
 def test_a_call_while_the_interpreter_ends():
     done = subprocess.run([sys.executable, "-c", AT_EXIT], check=True, timeout=60, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("800.0\n", "")
+
+
+def test_an_interrupt_leaves_no_thread_at_work():
+    """Control-C that comes while the caller waits for its threads, or between two items."""
+    cr.set_num_threads(2)
+    done = []
+
+    def work(item):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.5)
+            done.append(item)
+
+    timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        threads.run(work, range(2), threads.WORTH_IT)
+    left = [t for t in threading.enumerate() if t.name.startswith("cupy_roialign-")]
+    for thread in left:
+        thread.join()
+    assert not left
+
+
+def test_an_error_that_was_handled_keeps_nothing_alive():
+    cr.set_num_threads(2)
+
+    class Large:
+        pass
+
+    def call():
+        large = Large()
+
+        def work(item, large=large):
+            raise MemoryError
+
+        with pytest.raises(MemoryError):
+            threads.run(work, range(9), threads.WORTH_IT)
+        return weakref.ref(large)
+
+    gc.disable()
+    try:
+        assert call()() is None
+    finally:
+        gc.enable()
