@@ -47,8 +47,7 @@ def crop_and_resize(
 
     Returns:
         (K, C, height, width) crops in the image's dtype (float32 for integers and bool), channels-last in memory if the
-        image is. A box
-        with a coordinate that is not finite gives NaN.
+        image is. A box with a coordinate that is not finite gives NaN.
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type, dtype, shape or value.
@@ -114,8 +113,7 @@ def roi_crop(
 
     Returns:
         (K, C, height, width) crops in the features' dtype (float32 for integers and bool), channels-last in memory if
-        they are. A box
-        with a coordinate that is not finite gives NaN.
+        they are. A box with a coordinate that is not finite gives NaN.
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type, dtype, shape or value.
