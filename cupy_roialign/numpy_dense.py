@@ -25,7 +25,7 @@ PIXELS_AT_ONCE = 256
 FEW_CHANNELS = 16
 """Below, an image is worked on as planes, (C, H, W); from here on as pixels, (H, W, C)."""
 
-WORTH_SHARING = 200_000
+WORTH_SHARING = 2_000_000
 """Multiplications of a box from which on boxes are shared out among threads."""
 
 Product = Callable[..., np.ndarray]
@@ -296,7 +296,8 @@ class _Plan(NamedTuple):
         axes = [axis.of(order) for axis in job.axes]
         whole = [geometry.Part(range(bins)) for bins in rule.bins]
         each = [AxisWeights.estimate_bytes(rule, axes[a], rule.bins[a], sizes[a]) for a in (0, 1)]
-        cost = (each[0] + each[1]) * ((1 + len(job.directions)) / numpy_job.WORKSPACE)
+        copies = 2 + len(job.directions)  # the gradient to weights is as large as they are
+        cost = (each[0] + each[1]) * (copies / numpy_job.WORKSPACE)
         if job.shape[1] * math.prod(rule.bins) * job.dtype.itemsize > numpy_job.WORKSPACE:
             cost[:] = math.inf
         for some in numpy_job.runs(cost):
@@ -312,7 +313,7 @@ class _Plan(NamedTuple):
 
     def _cut(self, chosen: np.ndarray, axes: list[geometry.Axis]) -> Iterator[_Chunk]:
         """One box, in parts that the workspace holds; the parts of the same bins one after another."""
-        job, bins, limit = self.job, self.job.rule.bins, numpy_job.WORKSPACE / 2 / (1 + len(self.job.directions))
+        job, bins, limit = self.job, self.job.rule.bins, numpy_job.WORKSPACE / 2 / (2 + len(self.job.directions))
         numbers_at_once = max(1, numpy_job.WORKSPACE // (job.shape[1] * job.dtype.itemsize))  # of each channel
         rows = max(1, min(bins[0], numbers_at_once // bins[1]))
         at_most = (rows, max(1, numbers_at_once // rows))

@@ -152,7 +152,7 @@ class AxisWeights:
         samples = geometry.most_samples(rule, axis, bins, size)
         pitch = np.abs(axis.bin.astype(np.float64))
         width, extent = (np.fmin(size, pitch * count + 3) for count in (min(BLOCK, bins), bins))
-        return 150 * samples + 24 * bins * width + 20 * extent + 1000
+        return 150 * samples + 24 * bins * width + 20 * extent + 2000
 
     @staticmethod
     def cut(

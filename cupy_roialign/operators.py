@@ -288,7 +288,11 @@ def vjp(operator: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any
     """
     if not callable(operator) or operator not in _REQUESTS:
         names = ", ".join(known.__name__ for known in _REQUESTS)
-        raise TypeError(f"operator must be one of {names} of this package; got {operator!r}")
+        got = getattr(operator, "__name__", None) or type(operator).__name__
+        raise TypeError(
+            f"operator must be one of {names} of this package; got {got}; pass the operator itself, and its arguments "
+            f"behind it: vjp(roi_align, features, boxes, ...)"
+        )
     bound = inspect.signature(operator).bind(*args, **kwargs)
     bound.apply_defaults()
     home, request = _REQUESTS[operator](*bound.arguments.values())

@@ -96,7 +96,8 @@ def missing() -> problems.Problem | None:
     try:
         import cupy
     except Exception as error:
-        return problems.no_cupy(problems.brief(error), problems.machine())
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
+        return problems.no_cupy(None if absent else problems.brief(error), problems.machine())
     return None if problems.finds_gpu(cupy) else problems.no_gpu_here()
 
 

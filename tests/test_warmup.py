@@ -118,7 +118,7 @@ def test_without_cupy(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     status, output, error = run(capsys)
     assert (status, output) == (1, "")
-    assert re.search(r"CuPy, which cannot be imported .*; .*pip install 'cupy_roialign\[cuda1\d\]'", error)
+    assert re.search(r"CuPy, which is not installed; .*pip install 'cupy_roialign\[cuda1\d\]'", error)
 
 
 def test_without_a_gpu(emulated, capsys, monkeypatch):
