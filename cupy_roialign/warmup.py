@@ -93,11 +93,14 @@ def run(options: argparse.Namespace) -> int:
 
 def missing() -> problems.Problem | None:
     """What keeps CuPy from compiling for a GPU, as far as that can be told before."""
+    on = problems.machine()
     try:
         import cupy
     except Exception as error:
+        if on.cuda is None:  # first things first
+            return problems.no_gpu(None, None, on)._replace(what="there is no NVIDIA driver")
         absent = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
-        return problems.no_cupy(None if absent else problems.brief(error), problems.machine())
+        return problems.no_cupy(None if absent else problems.brief(error), on)
     return None if problems.finds_gpu(cupy) else problems.no_gpu_here()
 
 

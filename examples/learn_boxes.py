@@ -88,7 +88,7 @@ def draw(photo: torch.Tensor, target: torch.Tensor, way: list[tuple[torch.Tensor
         right.axvspan(first, first + steps, alpha=0.05 + 0.2 * blur / BLURS[0][0], color="#E69F00", linewidth=0)
         right.text(first + 2, max(errors) * 1.15, f"blur {blur:g}", fontsize=9)
         first += steps
-    right.set(xlabel="step", ylabel="worst corner is off by, pixels", title="distance to where the picture was cut")
+    right.set(xlabel="step", ylabel="worst edge is off by, pixels", title="distance to where the picture was cut")
 
     cells = bottom.subplots(1, len(moments) + 1)
     for cell, moment in zip(cells, moments, strict=False):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cupy_roialign as cr
-from cupy_roialign import __main__, kernels, warmup
+from cupy_roialign import __main__, driver, kernels, warmup
 
 BOXES = np.array([[0.0, 0.0, 3.0, 3.0]])
 
@@ -116,6 +116,10 @@ def test_without_a_cache(emulated, capsys, monkeypatch):
 
 def test_without_cupy(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
+    status, output, error = run(capsys)
+    assert (status, output) == (1, "")
+    assert "NVIDIA driver" in error
+    monkeypatch.setattr(driver, "cuda_version", lambda: (13, 0))
     status, output, error = run(capsys)
     assert (status, output) == (1, "")
     assert re.search(r"CuPy, which is not installed; .*pip install 'cupy_roialign\[cuda1\d\]'", error)
