@@ -25,7 +25,7 @@ EVERY_SAMPLE = 16
 
 
 FEW = 1000
-"""So many samples too many are tried in less time than it takes to leave them out."""
+"""So many samples too many are tried, rather than left out by some operations more."""
 
 
 class Dialect(enum.IntEnum):

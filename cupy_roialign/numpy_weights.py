@@ -74,7 +74,6 @@ class AxisRows:
 
     def __init__(self, taps: Taps):
         boxes, bins = taps.shape
-        self.taps = taps
         row = taps.box * bins + taps.bin
         left, right = span(row, taps.low, taps.high, boxes * bins)
         width = right - left

@@ -14,7 +14,7 @@ import numpy as np
 VARIABLE = "CUPY_ROIALIGN_NUM_THREADS"
 
 WORTH_IT = 2_000_000
-"""Multiplications from which on a second thread is started. One takes about as long to start as 500,000 take."""
+"""Multiplications from which on a second thread is started: less would not pay for the start."""
 
 Item = TypeVar("Item")
 
