@@ -133,8 +133,7 @@ def _need_cupy(name: str, tensor: Any) -> None:
     except Exception as error:
         from cupy_roialign import problems
 
-        problem = problems.no_cupy(problems.brief(error), problems.machine())
-        raise ImportError(f"{name} is a {_describe(tensor)}, and {problem}") from error
+        raise ImportError(f"{name} is a {_describe(tensor)}, and {problems.cupy_import_failed(error)}") from error
 
 
 def _kind(array: Any) -> tuple[str, str]:

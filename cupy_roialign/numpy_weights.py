@@ -1,4 +1,4 @@
-"""The weights of many boxes on one axis: taps in, a few small dense matrices a box out."""
+"""The weights of many boxes on one axis: taps in; out a sparse matrix for all, or a few small dense ones a box."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from cupy_roialign import geometry
 
 BLOCK = 16
-"""Bins in one matrix. Neighbouring bins touch neighbouring pixels, so hardly a product is with zero."""
+"""Bins in one matrix. Neighbouring bins touch neighbouring pixels: more bins are more products with zero, fewer more
+matrices."""
 
 FEW_BOXES, NARROW = 16, 64
 """Of so few boxes, so few pixels from the first to the last are all taken, without a look at which they touch."""

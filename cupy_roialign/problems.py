@@ -138,6 +138,12 @@ def no_cupy(error: str | None, on: Machine) -> Problem:
     return Problem("cupy_broken" if error else "cupy_missing", what, on.install())
 
 
+def cupy_import_failed(error: Exception) -> Problem:
+    """The same, of this machine and the error itself."""
+    absent = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
+    return no_cupy(None if absent else brief(error), machine())
+
+
 def several_cupys(on: Machine) -> Problem:
     what = f"{len(on.cupys)} distributions of CuPy are installed, over each other's files ({', '.join(on.cupys)})"
     return Problem("cupy_twice", what, on.install())

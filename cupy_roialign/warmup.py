@@ -99,8 +99,7 @@ def missing() -> problems.Problem | None:
     except Exception as error:
         if on.cuda is None:  # first things first
             return problems.no_gpu(None, None, on)._replace(what="there is no NVIDIA driver")
-        absent = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
-        return problems.no_cupy(None if absent else problems.brief(error), on)
+        return problems.cupy_import_failed(error)
     return None if problems.finds_gpu(cupy) else problems.no_gpu_here()
 
 
