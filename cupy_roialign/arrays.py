@@ -9,9 +9,10 @@ import numpy as np
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 SIGNED = ("int8", "int16", "int32", "int64")
 INTEGERS = (*SIGNED, "uint8", "uint16", "uint32", "uint64")
+REALS = (*FLOATS, *INTEGERS, "bool")
 
-
-_NAMES = {np.dtype(name): name for name in ("float16", "float32", "float64", *INTEGERS)}  # NumPy makes them anew
+# Of NumPy's dtypes, and of torch's when tensors.py is imported: both make the name anew each time.
+NAMES: dict[Any, str] = {np.dtype(name): name for name in ("float16", "float32", "float64", *INTEGERS)}
 
 
 class Like(NamedTuple):
@@ -25,9 +26,7 @@ class Like(NamedTuple):
 def dtype_name(array: Any) -> str:
     """`float32` for NumPy's, CuPy's, torch's and ml_dtypes' alike, in any byte order."""
     dtype = array.dtype
-    if isinstance(dtype, np.dtype):
-        return _NAMES.get(dtype) or dtype.name
-    return getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
+    return NAMES.get(dtype) or getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
 
 
 def strides(array: Any) -> tuple[int, ...]:

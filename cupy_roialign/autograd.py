@@ -12,12 +12,14 @@ crops is linear in X and in each direction. A direction v adds itself to the oth
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch._C._functorch import unwrap_if_dead
+from torch._functorch.autograd_function import VmapInfo, custom_function_call
 
 from cupy_roialign import arrays, tensors
 from cupy_roialign.geometry import Rule
@@ -130,7 +132,36 @@ def _sum(parts: list[torch.Tensor]) -> torch.Tensor:
 # ---- the form of eager mode and of torch.func ----
 
 
-class _Crops(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    @classmethod
+    def apply(cls, *args: Any) -> torch.Tensor:
+        """As torch's, but for two things that take as long as a small crop.
+
+        It looks for no defaults, of which there are none, and records no call that is not differentiated.
+        """
+        output: torch.Tensor
+        if torch._C._are_functorch_transforms_active():
+            output = custom_function_call(cls, *args)
+            return output
+        if torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE):
+            levels = [_level(arg) for arg in args]
+            if any(levels):
+                return _apply_batched(cls, args, levels)
+        differentiated = torch.autograd.forward_ad._current_level >= 0
+        plain = []
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                arg = unwrap_if_dead(arg)  # of a transform of torch.func that is over
+                differentiated |= arg.requires_grad and torch.is_grad_enabled()
+            plain.append(arg)
+        if not differentiated:
+            output = cls.forward(*plain)
+            return output
+        output = super(torch.autograd.Function, cls).apply(*plain)  # type: ignore[misc]
+        return output
+
+
+class _Crops(_Function):
     @staticmethod
     def forward(
         features: torch.Tensor, boxes: torch.Tensor, batch_indices: torch.Tensor, rule: Rule, *directions: torch.Tensor
@@ -150,7 +181,7 @@ class _Crops(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         features, boxes, batch_indices, *directions = ctx.saved_tensors
         needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[4:])
-        to_features, to_boxes, *to_directions = EAGER.crops_backward(
+        to_features, to_boxes, *to_directions = _family().crops_backward(
             needs, grad, features, ctx.like, boxes, batch_indices, ctx.rule, directions
         )
         return to_features, to_boxes, None, None, *to_directions
@@ -178,7 +209,7 @@ class _Crops(torch.autograd.Function):
         return batch.apart(crops, batch.length(1)), 0
 
 
-class _ToFeatures(torch.autograd.Function):
+class _ToFeatures(_Function):
     @staticmethod
     def forward(
         grad: torch.Tensor,
@@ -200,7 +231,7 @@ class _ToFeatures(torch.autograd.Function):
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad, boxes, batch_indices, *directions = ctx.saved_tensors
         needs = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:])
-        to_grad, to_boxes, *to_directions = EAGER.to_features_backward(
+        to_grad, to_boxes, *to_directions = _family().to_features_backward(
             needs, cotangent, grad, boxes, batch_indices, ctx.rule, directions
         )
         return to_grad, to_boxes, None, None, None, *to_directions
@@ -231,7 +262,7 @@ class _ToFeatures(torch.autograd.Function):
         return batch.apart(gradient, count), 0
 
 
-class _ToBoxes(torch.autograd.Function):
+class _ToBoxes(_Function):
     @staticmethod
     def forward(
         grad: torch.Tensor,
@@ -253,7 +284,7 @@ class _ToBoxes(torch.autograd.Function):
     def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad, features, boxes, batch_indices, *directions = ctx.saved_tensors
         needs = (*ctx.needs_input_grad[:3], *ctx.needs_input_grad[5:])
-        to_grad, to_features, to_boxes, *to_directions = EAGER.to_boxes_backward(
+        to_grad, to_features, to_boxes, *to_directions = _family().to_boxes_backward(
             needs, cotangent, grad, features, boxes, batch_indices, ctx.rule, directions
         )
         return to_grad, to_features, to_boxes, None, None, *to_directions
@@ -281,22 +312,54 @@ class _ToBoxes(torch.autograd.Function):
         return batch.apart(gradient, batch.length(2)), 0
 
 
-for _function in (_Crops, _ToFeatures, _ToBoxes):
-    # `apply` looks for defaults in it, of which there are none, and to make it anew each time takes as long as a crop.
-    _signature = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
-    vars(_function.forward)["__signature__"] = _signature
-
-
-def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
-    output: torch.Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
-    return output
-
-
 EAGER = Family(
-    lambda features, boxes, indices, rule, along: _apply(_Crops, features, boxes, indices, rule, *along),
-    lambda grad, like, boxes, indices, rule, along: _apply(_ToFeatures, grad, boxes, indices, rule, like, *along),
-    lambda grad, features, boxes, indices, rule, along: _apply(_ToBoxes, grad, features, boxes, indices, rule, *along),
+    lambda features, boxes, indices, rule, along: _Crops.apply(features, boxes, indices, rule, *along),
+    lambda grad, like, boxes, indices, rule, along: _ToFeatures.apply(grad, boxes, indices, rule, like, *along),
+    lambda grad, features, boxes, indices, rule, along: _ToBoxes.apply(grad, features, boxes, indices, rule, *along),
 )
+
+
+# torch.autograd's own batching (is_grads_batched=True, vectorize=True) is older than torch.func's, and asks an autograd
+# Function for no rule, but hands it batched tensors. The rules are the same.
+
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
+_VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
+_MOST_LEVELS = 64
+
+
+def _level(arg: Any) -> int:
+    """The innermost level at which a tensor is batched; 0: at none."""
+    level = 0
+    while level < _MOST_LEVELS and isinstance(arg, torch.Tensor) and torch._C._dispatch_keys(arg).has(_BATCHED):
+        level += 1
+        # Torch does not tell the level, least of all to the thread of a GPU. But to remove one at which a tensor is not
+        # batched is to expand it, and nothing can be expanded to -1.
+        with contextlib.suppress(RuntimeError):
+            arg = _without_level(arg, level)
+    return level
+
+
+def _without_level(tensor: torch.Tensor, level: int) -> torch.Tensor:
+    return torch._remove_batch_dim(tensor, level, -1, 0)
+
+
+def _apply_batched(function: type[torch.autograd.Function], args: Sequence[Any], levels: Sequence[int]) -> torch.Tensor:
+    innermost = max(levels)
+    dims = tuple(0 if level == innermost else None for level in levels)
+    whole = [arg if dim is None else _without_level(arg, innermost) for arg, dim in zip(args, dims, strict=True)]
+    rule: Callable[..., tuple[torch.Tensor, int]] = function.vmap
+    output, dim = rule(VmapInfo(len(whole[dims.index(0)]), "error"), dims, *whole)
+    # Forward mode takes a batch only where it comes first in memory too.
+    return torch._add_batch_dim(output.movedim(dim, 0).contiguous() if dim else output, 0, innermost)
+
+
+def _family() -> Family:
+    """Of a backward: torch.compile may record that of a forward that it has not (compiled autograd)."""
+    if torch.compiler.is_compiling():
+        from cupy_roialign import ops
+
+        return ops.FAMILY
+    return EAGER
 
 
 def _changes(
@@ -335,6 +398,8 @@ class _Batch:
     def indices(self, number: int, images: int) -> torch.Tensor:
         """Batch indices, where every call has so many images of its own; 0: all calls share them."""
         indices = self.rows(number)
+        if indices.dim() == 2:
+            indices = indices[:, 0]
         if images == 0:
             return indices
         indices = indices.double() if indices.is_floating_point() else indices.long()

@@ -30,7 +30,7 @@ class Home(Protocol):
         """Lists of (L_i, 4) boxes, one for each image, as (K, 4) boxes and (K,) batch indices, beside `like`."""
 
     def column(self, boxes: Any) -> Any:
-        """The first column of (K, 5) boxes."""
+        """The first column of (K, 5) boxes, or the boxes, where that is cut out later."""
 
     def forward(self, request: Request) -> Any:
         """The crops."""

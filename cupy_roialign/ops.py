@@ -56,10 +56,15 @@ def _like(shape: Sequence[int], channels_last: bool, dtype: torch.dtype) -> arra
     return arrays.Like((count, channels, height, width), strides, str(dtype).removeprefix("torch."))
 
 
+def _column(indices: torch.Tensor) -> torch.Tensor:
+    """Batch indices, of the boxes that have them: see tensors.py."""
+    return indices if indices.dim() == 1 else indices.detach().select(1, 0)
+
+
 def _crops(
     features: torch.Tensor, boxes: torch.Tensor, indices: torch.Tensor, rule: Rule, directions: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    return _OPS.crops(features, boxes, indices, list(directions) or None, *_pack(rule))
+    return _OPS.crops(features, boxes, _column(indices), list(directions) or None, *_pack(rule))
 
 
 def _to_features(
@@ -71,8 +76,8 @@ def _to_features(
     directions: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     last = arrays.is_channels_last(like.shape, like.strides)
-    dtype = getattr(torch, like.dtype)
-    return _OPS.to_features(grad, like.shape, last, dtype, boxes, indices, list(directions) or None, *_pack(rule))
+    dtype, along = getattr(torch, like.dtype), list(directions) or None
+    return _OPS.to_features(grad, like.shape, last, dtype, boxes, _column(indices), along, *_pack(rule))
 
 
 def _to_boxes(
@@ -83,7 +88,7 @@ def _to_boxes(
     rule: Rule,
     directions: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    return _OPS.to_boxes(grad, features, boxes, indices, list(directions) or None, *_pack(rule))
+    return _OPS.to_boxes(grad, features, boxes, _column(indices), list(directions) or None, *_pack(rule))
 
 
 FAMILY = autograd.Family(_crops, _to_features, _to_boxes)

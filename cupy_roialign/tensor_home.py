@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from cupy_roialign import autograd, tensors
+from cupy_roialign import autograd
 
 if TYPE_CHECKING:
     from cupy_roialign.dispatch import Request
@@ -22,7 +22,7 @@ class TensorHome:
 
     def check(self, name: str, tensor: torch.Tensor) -> None:
         """A tensor whose elements are not in memory would be read as what happens to lie at address 0, or anywhere."""
-        if torch.compiler.is_compiling():
+        if self._in_graph and torch.compiler.is_compiling():
             return  # where none has any, and torch looks after them
         if tensor.layout != torch.strided or tensor.is_nested:
             kind = "nested" if tensor.is_nested else str(tensor.layout)
@@ -51,9 +51,25 @@ class TensorHome:
         return torch.cat(boxes), torch.cat(indices)
 
     def column(self, boxes: torch.Tensor) -> torch.Tensor:
-        return boxes.detach().select(1, 0)
+        return boxes.detach() if boxes.requires_grad else boxes  # the column is cut out later: see tensors.py
 
     def forward(self, request: Request) -> torch.Tensor:
+        return self._family(request).crops(*request, ())
+
+    def vjp(self, request: Request) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[Any, Any]]]:
+        _refuse_to_transform(self._transformed)
+        family = self._family(request)
+        features, boxes, batch_indices = (tensor.detach() for tensor in request[:3])
+        at = (boxes, batch_indices, request.rule, ())
+
+        def pullback(grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            _refuse_to_transform(not self._in_graph and torch._C._functorch.is_functorch_wrapped_tensor(grad_output))
+            grad = grad_output.detach()
+            return family.to_features(grad, autograd.like_of(features), *at), family.to_boxes(grad, features, *at)
+
+        return family.crops(features, *at), pullback
+
+    def _family(self, request: Request) -> autograd.Family:
         if self._in_graph:
             from cupy_roialign import ops
 
@@ -63,36 +79,22 @@ class TensorHome:
                     "torch.func's transforms (grad, jvp, vmap, linearize...) cannot be recorded around cupy_roialign "
                     "by torch.compile or a tracer; call them outside of what is compiled, or use autograd in it"
                 )
-            return ops.FAMILY.crops(*request, ())
+            return ops.FAMILY
         if self._transformed:
             _refuse_nested_forward_mode()
-            return autograd.EAGER.crops(*request, ())
-        if _is_differentiated(request.features, request.boxes):
-            return autograd.EAGER.crops(*request, ())
-        return tensors.forward(*request)  # an autograd Function takes as long as a small crop
-
-    def vjp(self, request: Request) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[Any, Any]]]:
-        features, boxes, batch_indices, rule = request
-        if self._in_graph or self._transformed:
-            raise TypeError(
-                "cupy_roialign.vjp cannot be recorded or transformed by torch; use torch.func.vjp or autograd instead"
-            )
-
-        def pullback(grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return (
-                tensors.feature_gradient(grad_output, autograd.like_of(features), boxes, batch_indices, rule),
-                tensors.box_gradient(grad_output, features, boxes, batch_indices, rule),
-            )
-
-        return tensors.forward(features, boxes, batch_indices, rule), pullback
+        return autograd.EAGER
 
 
 def _is_recorded() -> bool:
     """Whether what is called is recorded, or done in another mode, by torch: then only an operator of its own is."""
     if torch.compiler.is_compiling():
         return True
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing or torch._C._len_torch_dispatch_stack() > 0
+    return torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _refuse_to_transform(transformed: bool) -> None:
+    if transformed:
+        raise TypeError("cupy_roialign.vjp cannot be transformed by torch; use torch.func.vjp or autograd instead")
 
 
 def _refuse_nested_forward_mode() -> None:
@@ -112,13 +114,6 @@ def _is_fake(tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage().device.type == "meta"
     except RuntimeError:
         return False
-
-
-def _is_differentiated(*inputs: torch.Tensor) -> bool:
-    """Whether autograd wants to know of a call, in reverse or in forward mode."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        return True
-    return _has_tangent(*inputs)
 
 
 def _has_tangent(*inputs: torch.Tensor) -> bool:

@@ -2,6 +2,9 @@
 
 On the CPU a tensor and NumPy's array share memory. On a GPU a kernel takes a tensor's address; memory for results is
 torch's, and so is the stream.
+
+Batch indices may also be the (K, 5) boxes themselves, which have them in their first column: for torch to cut it out
+takes longer than all else that is done here.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ with contextlib.suppress(RuntimeError):
     torch.zeros(1).numpy()
     _to_numpy, _from_numpy = torch.Tensor.numpy, torch.from_numpy
 
+arrays.NAMES.update({getattr(torch, name): name for name in arrays.REALS})
+
 
 def forward(
     features: torch.Tensor,
@@ -36,10 +41,10 @@ def forward(
         return _zeros(features, features, (boxes.shape[0], features.shape[1], *rule.bins))
     if _on_cpu(features):
         crops = numpy_backend.forward(
-            _array(features), _array(boxes), _array(batch_indices), rule, [_array(rows) for rows in directions]
+            _array(features), *_placed(_array, boxes, batch_indices), rule, [_array(rows) for rows in directions]
         )
         return _tensor(crops, arrays.output_name(arrays.dtype_name(features)))
-    return _cuda.forward(_plain(features), _plain(boxes), _plain(batch_indices), rule, [*map(_plain, directions)])
+    return _cuda.forward(_plain(features), *_placed(_plain, boxes, batch_indices), rule, [*map(_plain, directions)])
 
 
 def feature_gradient(
@@ -57,14 +62,13 @@ def feature_gradient(
         gradient = numpy_backend.feature_gradient(
             _array(grad_output),
             like._replace(dtype="float32") if like.dtype == "bfloat16" else like,
-            _array(boxes),
-            _array(batch_indices),
+            *_placed(_array, boxes, batch_indices),
             rule,
             [_array(rows) for rows in directions],
         )
         return _tensor(gradient, arrays.output_name(like.dtype))
     return _cuda.feature_gradient(
-        _plain(grad_output), features, _plain(boxes), _plain(batch_indices), rule, [*map(_plain, directions)]
+        _plain(grad_output), features, *_placed(_plain, boxes, batch_indices), rule, [*map(_plain, directions)]
     )
 
 
@@ -82,14 +86,13 @@ def box_gradient(
         gradient = numpy_backend.box_gradient(
             _array(grad_output),
             _array(features),
-            _array(boxes),
-            _array(batch_indices),
+            *_placed(_array, boxes, batch_indices),
             rule,
             [_array(rows) for rows in directions],
         )
         return _tensor(gradient, arrays.dtype_name(boxes))
     return _cuda.box_gradient(
-        _plain(grad_output), _plain(features), _plain(boxes), _plain(batch_indices), rule, [*map(_plain, directions)]
+        _plain(grad_output), _plain(features), *_placed(_plain, boxes, batch_indices), rule, [*map(_plain, directions)]
     )
 
 
@@ -103,7 +106,7 @@ def _zeros(beside: torch.Tensor, like: torch.Tensor | arrays.Like, shape: Sequen
 
 
 def _on_cpu(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -118,6 +121,11 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
     return _to_numpy(tensor)
+
+
+def _placed(take: Callable[[torch.Tensor], Any], boxes: torch.Tensor, batch_indices: torch.Tensor) -> tuple[Any, Any]:
+    taken = take(boxes)
+    return taken, take(batch_indices) if batch_indices.dim() == 1 else taken[:, 0]
 
 
 def _tensor(array: np.ndarray, dtype: str) -> torch.Tensor:

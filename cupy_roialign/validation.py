@@ -27,15 +27,16 @@ METHODS = ("bilinear", "nearest")
 
 def features(name: str, value: Any) -> None:
     """(N, C, H, W), of a real dtype."""
-    if len(value.shape) != 4:
+    shape = value.shape
+    if len(shape) != 4:
         hint = ""
-        if len(value.shape) == 3:
+        if len(shape) == 3:
             hint = f"; for a single image pass {name}[None], for a single channel of N images {name}[:, None]"
         raise ValueError(f"{name} must have 4 axes, (N, C, H, W); got shape {_shape(value)}{hint}")
-    if min(value.shape[2:]) < 1:
+    if min(shape[2:]) < 1:
         raise ValueError(f"{name} must have at least one pixel, H >= 1 and W >= 1; got shape {_shape(value)}")
     dtype = arrays.dtype_name(value)
-    if dtype not in (*arrays.FLOATS, *arrays.INTEGERS, "bool"):
+    if dtype not in arrays.REALS:
         raise TypeError(
             f"{name} must be float16, bfloat16, float32, float64, integer or bool; got dtype {dtype}; "
             f"convert it first, for example to float32"
@@ -44,9 +45,10 @@ def features(name: str, value: Any) -> None:
 
 def boxes(name: str, value: Any, columns: tuple[int, ...] = (4,)) -> None:
     """(K, columns), of a floating dtype."""
-    if len(value.shape) != 2 or value.shape[1] not in columns:
+    shape = value.shape
+    if len(shape) != 2 or shape[1] not in columns:
         wanted = " or ".join(f"(K, {n})" for n in columns)
-        hint = f"; for a single box pass {name}[None]" if len(value.shape) == 1 else ""
+        hint = f"; for a single box pass {name}[None]" if len(shape) == 1 else ""
         raise ValueError(f"{name} must have shape {wanted}; got {_shape(value)}{hint}")
     dtype = arrays.dtype_name(value)
     if dtype not in arrays.FLOATS:
@@ -175,16 +177,21 @@ def whole_indices(values: np.ndarray, images: int) -> np.ndarray:
     A number in a column of boxes may be off by INDEX_NOISE, so that it does not matter where rounding, or a
     finite difference, leaves it. (To truncate, as others do, makes image 0 of 0.9999999.)
     """
-    if values.dtype.kind not in "iu":
-        values = values.astype(np.float64)  # in float16 or bfloat16 the number of images may not be exact
-    nearest = values if values.dtype.kind in "iu" else np.rint(values)
-    with np.errstate(invalid="ignore"):
-        good = (nearest >= 0) & (nearest < images) & (abs(values - nearest) <= INDEX_NOISE)
+    if values.dtype.kind in "iu":
+        indices = values.astype(np.int64)
+        good = indices.view(np.uint64) < images  # negative ones are large then
+    else:
+        with np.errstate(invalid="ignore"):
+            values = values.astype(np.float64)  # in float16 or bfloat16 the number of images may not be exact
+            nearest = np.rint(values)
+            indices = nearest.astype(np.int64)
+            good = indices.view(np.uint64) < images
+            good &= abs(values - nearest) <= INDEX_NOISE  # which NaN and infinities are not
     if not good.all():
         row = int(np.argmin(good))
         expected = f"expected a whole number in [0, {images})" if images else "there are no images"
         raise IndexError(f"the batch index of box {row} is {values[row]}; {expected}")
-    return nearest.astype(np.int64)
+    return indices
 
 
 def _shape(value: Any) -> tuple[int, ...]:

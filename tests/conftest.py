@@ -5,6 +5,7 @@ import os
 import hypothesis
 import pytest
 
+from cupy_roialign import problems
 from tests import backends, emulate
 from tests.emulate import device
 
@@ -24,10 +25,10 @@ def _need_compiler():
 def _need_gpu():
     try:
         import cupy
-
-        reason = "" if cupy.cuda.is_available() else "CuPy finds no GPU"
-    except ImportError as error:
+    except Exception as error:
         reason = f"CuPy cannot be imported: {error}"
+    else:
+        reason = "" if problems.finds_gpu(cupy) else "CuPy finds no GPU"
     if reason:
         if os.environ.get("CUPY_ROIALIGN_REQUIRE_GPU", "0") not in ("", "0"):
             pytest.fail(f"CUPY_ROIALIGN_REQUIRE_GPU is set, and {reason}")

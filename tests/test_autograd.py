@@ -1,5 +1,6 @@
 """Derivatives of every kind on tensors: reverse and forward mode, of the second order, and torch.func."""
 
+import concurrent.futures
 import contextlib
 import weakref
 
@@ -12,6 +13,7 @@ from tests.backends import EmulatedTorchBackend
 from tests.test_gradients import CALLS
 
 torch = pytest.importorskip("torch")
+autograd = pytest.importorskip("cupy_roialign.autograd")
 
 BOXES = torch.tensor([[1.31, 0.72, 8.25, 6.18], [2.2, 1.6, 4.4, 5.9]], dtype=torch.float64)
 INDICES = torch.tensor([0, 1])
@@ -271,12 +273,145 @@ def test_forward_mode_within_forward_mode_is_refused_and_not_wrong():
 def test_vjp_of_this_package_is_not_transformed():
     with pytest.raises(TypeError, match=r"use torch\.func\.vjp"):
         torch.func.grad(lambda b: cr.vjp(cr.roi_crop, FEATURES, b, INDICES, 3)[0].sum())(BOXES)
+    output, pullback = cr.vjp(cr.roi_crop, FEATURES, BOXES, INDICES, 3)
+    with pytest.raises(TypeError, match=r"use torch\.func\.vjp"):
+        torch.func.vmap(pullback)(output[None])
+
+
+def test_vjp_of_this_package_is_no_part_of_a_graph():
+    output, pullback = cr.vjp(cr.roi_crop, features().requires_grad_(), BOXES.clone().requires_grad_(), INDICES, 3)
+    for result in (output, *pullback(output.clone().requires_grad_())):
+        assert not result.requires_grad
+
+
+def test_a_pullback_of_torch_outlives_its_transform(place):
+    """Whose tensors then have no memory to point to, but that of what they wrap."""
+    function = lambda f, b: cr.roi_crop(f, b.detach(), INDICES, 3)  # noqa: E731
+    f = FEATURES.clone().requires_grad_()
+    with place():
+        output, pullback = torch.func.vjp(function, FEATURES, BOXES)
+        actual, _ = pullback(output)
+        (expected,) = torch.autograd.grad(function(f, BOXES), f, output)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_jacobians_agree():
     forward, reverse = torch.func.jacfwd(crop, argnums=(0, 1)), torch.func.jacrev(crop, argnums=(0, 1))
     for a, b in zip(forward(features(), BOXES), reverse(features(), BOXES), strict=True):
         torch.testing.assert_close(a, b)
+
+
+# ---- torch.autograd's own batching, which is older than torch.func's ----
+
+SMALL_FEATURES = features()[:, :, :5, :6]
+WITHIN = BOXES / 2
+PLACES = {"features": (0,), "boxes": (1,), "both": (0, 1)}
+
+
+def of_some(function, places):
+    """A function of some of features and boxes, and what it is called with."""
+    given = (SMALL_FEATURES, WITHIN)
+
+    def of(*some):
+        return function(*(some[places.index(i)] if i in places else given[i] for i in (0, 1)))
+
+    return of, tuple(given[i].clone().requires_grad_() for i in places)
+
+
+def assert_same(actual, expected):
+    if isinstance(actual, tuple):
+        for a, e in zip(actual, expected, strict=True):
+            assert_same(a, e)
+    else:
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+def test_batched_gradients(places, count, place, calls):
+    function, inputs = of_some(crop, places)
+    with place():
+        output = function(*inputs)
+        grads = torch.rand(count, *output.shape, generator=torch.Generator().manual_seed(2), dtype=output.dtype)
+        calls.clear()
+        actual = torch.autograd.grad(output, inputs, grads, retain_graph=True, is_grads_batched=True)
+        assert len(calls) == (len(places) if place is contextlib.nullcontext else 0)  # whatever the batch
+        each = [torch.autograd.grad(output, inputs, grad, retain_graph=True) for grad in grads]
+    for n, (tensor, a) in enumerate(zip(inputs, actual, strict=True)):
+        assert a.shape == (count, *tensor.shape)
+        for row, parts in zip(a, each, strict=True):
+            torch.testing.assert_close(row, parts[n])
+
+
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+@pytest.mark.parametrize("places", PLACES.values(), ids=PLACES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_vectorized_jacobians(layout, places, strategy, calls):
+    function, inputs = of_some(crop, places)
+    inputs = tuple(t.contiguous(memory_format=layout) if t.dim() == 4 else t for t in inputs)
+    expected = torch.autograd.functional.jacobian(function, inputs)
+    calls.clear()
+    actual = torch.autograd.functional.jacobian(function, inputs, vectorize=True, strategy=strategy)
+    assert len(calls) <= 3
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("outer", ["reverse-mode", "forward-mode"])
+@pytest.mark.parametrize("name", SMALL)
+def test_vectorized_hessians(name, outer):
+    """Of features and boxes, mixed."""
+    operator, boxes = operator_of(name)
+    inputs = (features(1), boxes)
+    function = lambda f, b: operator(f, b).square().sum()  # noqa: E731
+    expected = torch.autograd.functional.hessian(function, inputs)
+    actual = torch.autograd.functional.hessian(function, inputs, vectorize=True, outer_jacobian_strategy=outer)
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_batches_within_batches(strategy):
+    """The second derivatives of each value, vectorized twice."""
+
+    def derivatives(**options):
+        def derivative(b):
+            b.requires_grad_()  # else torch drops the tangent, of its own operators too
+            return jacobian(lambda b: crop(SMALL_FEATURES[:, :1], b), b, create_graph=True, vectorize=bool(options))
+
+        return jacobian(derivative, WITHIN.clone(), **options)
+
+    jacobian = torch.autograd.functional.jacobian
+    actual, expected = derivatives(vectorize=True, strategy=strategy), derivatives()
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(actual, expected)
+
+
+def test_batched_gradients_are_differentiated():
+    def penalty(f, b, **options):
+        output = crop(f, b).exp()
+        grads = torch.linspace(-1, 1, 3 * output.numel(), dtype=output.dtype).reshape(3, *output.shape)
+        if options:
+            parts = torch.autograd.grad(output, (f, b), grads, create_graph=True, **options)
+        else:
+            each = [torch.autograd.grad(output, (f, b), grad, create_graph=True) for grad in grads]
+            parts = [torch.stack(rows) for rows in zip(*each, strict=True)]
+        return torch.autograd.grad(sum(part.square().sum() for part in parts), (f, b))
+
+    inputs = [tensor.clone().requires_grad_() for tensor in (SMALL_FEATURES, WITHIN)]
+    assert_same(penalty(*inputs, is_grads_batched=True), penalty(*inputs))
+
+
+def test_batches_are_seen_from_another_thread():
+    """From which backward calls on a GPU."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        found = []
+
+        def look(tensor):
+            found.append(pool.submit(autograd._level, tensor).result())
+            return tensor
+
+        vmap = torch._vmap_internals._vmap
+        vmap(vmap(look))(vmap(look)(torch.ones(2, 3, 4)))
+    assert found == [1, 2]
 
 
 # ---- what is kept ----

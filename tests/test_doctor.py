@@ -13,7 +13,7 @@ import pytest
 
 import cupy_roialign as cr
 from cupy_roialign import __main__, doctor, driver, kernels, problems
-from tests import oracle
+from tests import conftest, oracle
 from tests.backends import EmulatedTorchBackend
 from tests.emulate import device
 
@@ -519,6 +519,17 @@ def test_a_cuda_tensor_and_cupy_without_a_gpu(cuda, message, raises, emulated, m
     tensors = torch.zeros(1, 2, 3, 4), torch.zeros(5, 4), torch.zeros(5, dtype=torch.int64)
     with EmulatedTorchBackend().device(), pytest.raises(RuntimeError, match=rf"tensors are on .*, and .*{message}"):
         cr.roi_crop(*tensors, 3)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_tests_of_a_gpu_are_skipped_where_cupy_finds_none(raises, monkeypatch):
+    """And fail where they have to run."""
+    monkeypatch.setitem(sys.modules, "cupy", Blind)
+    monkeypatch.setattr(Blind.cuda, "raises", raises)
+    for required, outcome in (("0", pytest.skip.Exception), ("1", pytest.fail.Exception)):
+        monkeypatch.setenv("CUPY_ROIALIGN_REQUIRE_GPU", required)
+        with pytest.raises(outcome, match="CuPy finds no GPU"):
+            conftest._need_gpu()
 
 
 @pytest.fixture

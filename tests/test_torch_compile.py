@@ -56,6 +56,40 @@ def test_aot_eager(name, dynamic, dtype):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of torch's own, which looks
+@pytest.mark.parametrize("name", ["roi_crop", "roi_align, rows"])
+def test_a_backward_is_compiled_whose_forward_is_not(name):
+    """By compiled autograd."""
+    backend = torch.compile(backend="aot_eager", fullgraph=True)
+    expected = with_gradients(FUNCTIONS[name], *inputs())
+    with torch._dynamo.compiled_autograd._enable(backend):
+        actual = with_gradients(FUNCTIONS[name], *inputs())
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("way", ["indices", "rows", "a list"])
+def test_vjp(way, dynamic):
+    def function(f, b):
+        if way == "indices":
+            args, options = (cr.roi_crop, f, b, INDICES, 3), {}
+        else:
+            boxes = [b[:1], b[1:]] if way == "a list" else torch.cat([INDICES[:, None].to(b.dtype), b], 1)
+            args, options = (cr.roi_align, f, boxes, (3, 4)), {"sampling_ratio": 2}
+        output, pullback = cr.vjp(*args, **options)
+        to_features, to_boxes = pullback(output * 2)
+        return output, to_features, *(to_boxes if way == "a list" else [to_boxes])
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    f, b = inputs(layout=torch.channels_last)
+    for actual, expected in zip(compiled(f, b), function(f, b), strict=True):
+        assert torch.equal(actual, expected)
+        assert actual.stride() == expected.stride()
+        assert not actual.requires_grad
+        assert not expected.requires_grad
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_inductor(layout):
     """In the middle of what inductor makes into code of its own."""
@@ -129,6 +163,17 @@ def test_tracers_record_the_operator():
     for program in traced:
         other = (f + 1, b + 0.5, 1 - INDICES)
         assert torch.equal(program(*other), function(*other))
+
+
+def test_tracers_record_vjp():
+    def function(f, b):
+        output, pullback = cr.vjp(cr.roi_crop, f, b, INDICES, 3)
+        return pullback(output)
+
+    f, b = (tensor.detach() for tensor in inputs())
+    traced = make_fx(function)(f, b)
+    for actual, expected in zip(traced(f + 1, b + 0.5), function(f + 1, b + 0.5), strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_fake_tensors():
