@@ -135,6 +135,7 @@ DEVICE Taps taps_of(const Rule& rule, Real position, int size) {
         if (v < 0) position = (Real)0;
         if (v > last) position = (Real)(size - 1);
         taps.low = (int)widen(position);
+        if (taps.low > size - 1) taps.low = size - 1;  // rounded up
         taps.high = taps.low + (v >= 0 ? 1 : 0);
         if (taps.high > size - 1) taps.high = size - 1;
     } else {

@@ -10,13 +10,17 @@ an interpolation rule which two pixels (*taps*) a position inside it lies betwee
 
 Every operation here is done in one precision (see `precision`), in the order in which the peers do it, and
 without fused multiply-add: a sample that sits exactly on an edge must fall on the same side everywhere.
+
+Broken and huge boxes make NumPy warn of what it does with them, which is for the caller to silence.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,48 +60,72 @@ class Rule:
         return self.dialect is Dialect.ROI_ALIGN
 
     @property
+    def fixed_samples(self) -> int:
+        """Samples that every bin takes along an axis; 0 where that follows the box."""
+        return self.sampling_ratio if self.dialect is Dialect.ROI_ALIGN else 1
+
+    @property
     def offset(self) -> float:
         return 0.5 if self.dialect is Dialect.ROI_ALIGN else 0.0
 
 
-class Axis(NamedTuple):
-    """K boxes on one axis. `start` and `bin` are affine in the box's two edges (lo, hi), piece by piece."""
+class Axes(NamedTuple):
+    """K boxes along A axes: y and x, or one of them. `start` and `bin` are affine in a box's edges, piece by piece."""
 
-    start: np.ndarray  # (K,)
-    bin: np.ndarray  # (K,)
-    samples: np.ndarray  # (K,) int64; 0 where the box takes no sample
-    start_slope: tuple[float, float]  # d start / d (lo, hi)
-    bin_slope: tuple[np.ndarray, np.ndarray]  # d bin / d (lo, hi), each (K,)
+    start: np.ndarray  # (A, K)
+    bin: np.ndarray  # (A, K)
+    samples: np.ndarray  # (A, K) int64, of a bin; 0 where the box takes none
+    bins: tuple[int, ...]  # (A,) of a box
+    sizes: tuple[int, ...]  # (A,) pixels of the image
 
-    def of(self, boxes: slice | np.ndarray) -> Axis:
+    def of(self, boxes: slice | np.ndarray) -> Axes:
         """Some of the boxes."""
-        bin_slope = (self.bin_slope[0][boxes], self.bin_slope[1][boxes])
-        return Axis(self.start[boxes], self.bin[boxes], self.samples[boxes], self.start_slope, bin_slope)
+        return Axes(self.start[:, boxes], self.bin[:, boxes], self.samples[:, boxes], self.bins, self.sizes)
 
-    def edge_gradient(self, of_start: np.ndarray, of_bin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def along(self, axis: int) -> Axes:
+        """One of the axes."""
+        some = slice(axis, axis + 1)
+        return Axes(self.start[some], self.bin[some], self.samples[some], self.bins[some], self.sizes[some])
+
+
+class EdgeSlopes(NamedTuple):
+    """How `start` and `bin` of K boxes follow their edges (lo, hi) along y and x; each of these is (2, K)."""
+
+    start: tuple[Any, Any]  # d start / d (lo, hi)
+    bin: tuple[Any, Any]  # d bin / d (lo, hi)
+
+    def gradient(self, of_start: np.ndarray, of_bin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The gradients to (lo, hi) from those to `start` and `bin`."""
-        low, high = (of_start * s + of_bin * b for s, b in zip(self.start_slope, self.bin_slope, strict=True))
+        low, high = (of_start * s + of_bin * b for s, b in zip(self.start, self.bin, strict=True))
         return low, high
 
     def change(self, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How `start` and `bin` change where (lo, hi) change by so much."""
-        of_start, of_bin = (low * slopes[0] + high * slopes[1] for slopes in (self.start_slope, self.bin_slope))
+        of_start, of_bin = (low * slopes[0] + high * slopes[1] for slopes in (self.start, self.bin))
         return of_start, of_bin
 
 
 class Part(NamedTuple):
-    """Some of a box's samples on one axis."""
+    """Some of the samples of boxes."""
 
-    bins: range
+    bins: tuple[range, ...]  # (A,) along each axis
     first: int = 0  # in each bin the samples from here
     stop: int = np.iinfo(np.int64).max  # up to here
 
 
-class Samples(NamedTuple):
-    """The samples of K boxes that lie inside the image on one axis, in the order of (k, p, i)."""
+def whole(rule: Rule) -> Part:
+    """All samples of boxes along y and x."""
+    return Part(tuple(map(range, rule.bins)))
 
-    box: np.ndarray  # (S,) int64, k
-    bin: np.ndarray  # (S,) int64, p
+
+class Samples(NamedTuple):
+    """The samples of K boxes that lie inside the image along one of A axes, in the order of (axis, k, p, i).
+
+    A box along one axis is a *line*: first come the K lines of the first axis, then those of the second.
+    """
+
+    line: np.ndarray  # (S,) int64, axis * K + k
+    bin: np.ndarray  # (S,) int64, p, counted from the first bin of the part
     number: np.ndarray  # (S,) int64, i
     low: np.ndarray  # (S,) int64, the tap at or below the position
     high: np.ndarray  # (S,) int64, the next tap
@@ -129,103 +157,134 @@ def precision(rule: Rule, features: str, boxes: str) -> str:
     return "float64" if "float64" in decisive else "float32"
 
 
-def finite_boxes(rule: Rule, boxes: np.ndarray) -> np.ndarray:
-    """(K,) bool: all four coordinates are finite."""
-    return np.isfinite(boxes[:, list(rule.columns)]).all(axis=1)
+def finite(rule: Rule, boxes: np.ndarray) -> np.ndarray | None:
+    """(K,) bool: all four coordinates of a box are; None: those of all boxes."""
+    if math.isfinite(boxes.sum()):
+        return None
+    sound: np.ndarray = np.isfinite(boxes.take(rule.columns, axis=1)).all(axis=1)
+    return None if sound.all() else sound
 
 
-def resolve(rule: Rule, boxes: np.ndarray, axis: int, size: int) -> Axis:
-    """The rule on one axis (0: y, 1: x) of an image with `size` pixels there. `boxes`: (K, 4 or 5), float32 or 64.
+def edges(rule: Rule, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(2, K) and (2, K): where boxes (K, 4 or 5) begin and end, along y and x."""
+    both = boxes.T.take(rule.columns, axis=0)
+    return both[:2], both[2:]
 
-    A box with a coordinate that is not finite takes no sample.
+
+def resolve(rule: Rule, boxes: np.ndarray, sizes: tuple[int, ...]) -> Axes:
+    """The rule on boxes, (K, 4 or 5) of float32 or float64, in images of these (height, width).
+
+    A box with a coordinate that is not finite has positions that are not numbers, and so no sample inside the image.
     """
     real = boxes.dtype.type
-    low, high = boxes[:, rule.columns[axis]], boxes[:, rule.columns[axis + 2]]
-    bins = rule.bins[axis]
-    last = real(size - 1)
-    with np.errstate(all="ignore"):
-        if rule.dialect is Dialect.ROI_ALIGN:
-            scale = real(rule.spatial_scale)
-            offset = real(0.5 if rule.aligned else 0.0)
-            start = low * scale - offset
-            extent = (high * scale - offset) - start
-            grows = np.ones(len(boxes))
-            if not rule.aligned:
-                grows = (extent >= 1).astype(np.float64)
-                extent = np.maximum(extent, real(1))
-            step = extent / real(bins)
-            if rule.sampling_ratio > 0:
-                samples = np.full(len(boxes), rule.sampling_ratio, np.int64)
-            else:
-                # More pixels a bin than numbers i + 0.5 are exact are sampled more thinly, still evenly: so the
-                # cost of a box as wide as floats go stays that of the image.
-                wanted = np.minimum(np.ceil(step), real(2.0 ** np.finfo(real).nmant))
-                samples = np.where(wanted > 0, wanted, 0).astype(np.int64)
-            start_slope, growth = (float(scale), 0.0), float(scale) * grows / bins
-        else:
-            samples = np.ones(len(boxes), np.int64)
-            if rule.dialect is Dialect.CROP_AND_RESIZE:
-                unit = float(last)  # pixels in a unit of the box's coordinates
-            else:
-                unit = 1.0
-                # In an image of one pixel the peer divides 0 by 0. Pixels stay pixels there instead.
-                last = max(last, real(1))
-                if rule.dialect is Dialect.ROI_CROP_CENTERS:
-                    spacing = (high - low) / real(bins)
-                    low = (low + spacing / real(2) - real(0.5)) / last
-                    high = low + spacing * real(bins - 1) / last
-                else:
-                    low, high = low / last, high / last
-            if bins > 1:
-                start = low * last
-                step = ((high - low) * last) / real(bins - 1)
-            else:
-                start = (real(0.5) * (low + high)) * last
-                step = np.zeros_like(start)
+    low, high = edges(rule, boxes)
+    bins = column(rule.bins, boxes.dtype)
+    if rule.dialect is Dialect.ROI_ALIGN:
+        start, extent = _extent(rule, low, high)
+        step = (extent if rule.aligned else np.maximum(extent, real(1))) / bins
+    else:
+        last = column(tuple(size - 1 for size in sizes), boxes.dtype)
+        if rule.dialect is not Dialect.CROP_AND_RESIZE:
+            # In an image of one pixel the peer divides 0 by 0. Pixels stay pixels there instead.
+            last = np.maximum(last, real(1))
             if rule.dialect is Dialect.ROI_CROP_CENTERS:
-                half = 0.5 / bins
-                start_slope, growth = (1.0 - half, half), np.full(len(boxes), 1.0 / bins)
-            elif bins > 1:
-                start_slope, growth = (unit, 0.0), np.full(len(boxes), unit / (bins - 1))
+                spacing = (high - low) / bins
+                low = (low + spacing / real(2) - real(0.5)) / last
+                high = low + spacing * (bins - real(1)) / last
             else:
-                start_slope, growth = (0.5 * unit, 0.5 * unit), np.zeros(len(boxes))
-    if not np.isfinite(boxes).all():
-        samples[~finite_boxes(rule, boxes)] = 0
-    return Axis(start, step, samples, start_slope, (-growth, growth))
+                low, high = low / last, high / last
+        start = low * last
+        step = ((high - low) * last) / (bins - real(1))
+        if 1 in rule.bins:
+            start = np.where(bins > 1, start, (real(0.5) * (low + high)) * last)
+            step = np.where(bins > 1, step, real(0))
+    if rule.fixed_samples:
+        samples = np.full(step.shape, rule.fixed_samples, np.int64)
+    else:
+        # More pixels a bin than numbers i + 0.5 are exact are sampled more thinly, still evenly: so the
+        # cost of a box as wide as floats go stays that of the image.
+        wanted = np.minimum(np.ceil(step), real(2.0 ** np.finfo(real).nmant))
+        samples = np.where(wanted > 0, wanted, 0).astype(np.int64)
+    sound = finite(rule, boxes)
+    if sound is not None:
+        start, step = np.where(sound, start, real(np.nan)), np.where(sound, step, real(0))
+        samples = np.where(sound, samples, 0)
+    return Axes(start, step, samples, rule.bins, sizes)
 
 
-def inside_samples(rule: Rule, axis: Axis, part: Part, size: int) -> Samples:
-    """Those samples of `part` that lie inside an image of `size` pixels, with their taps.
+def edge_slopes(rule: Rule, boxes: np.ndarray, sizes: tuple[int, ...]) -> EdgeSlopes:
+    """The derivatives of what `resolve` gives."""
+    bins = column(rule.bins)
+    several = bins > 1
+    if rule.dialect is Dialect.ROI_ALIGN:
+        scale = float(np.float32(rule.spatial_scale) if boxes.dtype == np.float32 else rule.spatial_scale)
+        grows = True if rule.aligned else _extent(rule, *edges(rule, boxes))[1] >= 1
+        start: tuple[Any, Any] = (scale, 0.0)
+        growth = scale * grows / bins
+    elif rule.dialect is Dialect.ROI_CROP_CENTERS:
+        half = 0.5 / bins
+        start, growth = (1.0 - half, half), 1.0 / bins
+    else:
+        unit: Any = 1.0  # pixels in a unit of the box's coordinates
+        if rule.dialect is Dialect.CROP_AND_RESIZE:
+            unit = column(sizes) - 1
+        start = (np.where(several, unit, 0.5 * unit), np.where(several, 0.0, 0.5 * unit))
+        growth = np.where(several, unit / np.maximum(bins - 1, 1), 0.0)
+    return EdgeSlopes(start, (-growth, growth))
 
-    At most about 2*size + 2*bins a box, however many its bins hold, unless `sampling_ratio` asks for more.
+
+def _extent(rule: Rule, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where boxes of ROI_ALIGN begin, and how far they reach before they are widened."""
+    real = low.dtype.type
+    scale, offset = real(rule.spatial_scale), real(0.5 if rule.aligned else 0.0)
+    start = low * scale - offset
+    return start, (high * scale - offset) - start
+
+
+@functools.lru_cache(maxsize=256)
+def column(values: tuple[int, ...], dtype: np.dtype | str = "float64") -> np.ndarray:
+    """(A, 1) numbers, one for each axis."""
+    column = np.array(values, dtype)[:, None]
+    column.flags.writeable = False
+    return column
+
+
+def inside_samples(rule: Rule, axes: Axes, part: Part) -> Samples:
+    """Those samples of `part` that lie inside the image, with their taps.
+
+    At most about 2*size + 2*bins a line, however many its bins hold, unless `sampling_ratio` asks for more.
     """
-    with np.errstate(all="ignore"):
-        origin = _origins(axis, part.bins)
-        most = int(axis.samples.max(initial=0))
-        whole = part.first == 0 and part.stop >= most
-        if whole and most <= EVERY_SAMPLE and most * len(axis.start) <= 2 * axis.samples.sum() + FEW:
-            # a grid, of which boxes with fewer samples than others use a part
-            index = np.arange(most)
-            position = _positions(rule, origin[..., None], index, axis.bin[:, None, None], axis.samples[:, None, None])
-            inside = _inside(rule, position, size)
-            if not (axis.samples == most).all():
-                inside &= index < axis.samples[:, None, None]
-            box, bin_, number = np.nonzero(inside)
-            position = position[inside]
-        else:
-            first, stop = _candidates(rule, axis, origin, size)
-            first = np.maximum(first, part.first)
-            stop = np.clip(stop, first, part.stop)
-            count = (stop - first).ravel()
-            row = np.repeat(np.arange(count.size), count)
-            before = np.cumsum(count) - count
-            number = np.arange(row.size) - (before - first.ravel())[row]
-            box = row // len(part.bins)
-            position = _positions(rule, origin.ravel()[row], number, axis.bin[box], axis.samples[box])
-            inside = _inside(rule, position, size)
-            row, number, position = row[inside], number[inside], position[inside]
-            box, bin_ = np.divmod(row, len(part.bins))
-    return Samples(box, bin_ + part.bins.start, number, *_taps(rule, position, size))
+    origin = _origins(axes, part.bins)
+    count, widest = origin.shape[1:]
+    low, high = _bounds(rule.clamps, axes.sizes, origin.dtype)
+    most = rule.fixed_samples or int(axes.samples.max(initial=1))
+    whole = part.first == 0 and part.stop >= most
+    few = rule.fixed_samples or most * axes.samples.size <= 2 * axes.samples.sum() + FEW
+    if whole and most <= EVERY_SAMPLE and few:
+        # a grid, of which boxes with fewer samples than others use a part
+        index, samples = np.arange(most), axes.samples[..., None, None]
+        position = _positions(rule, origin[..., None], index, axes.bin[..., None, None], samples)
+        inside = (position >= low) & (position <= high[:, None, None, None])
+        if not rule.fixed_samples:
+            inside &= index < samples
+        line, bin_, number = inside.reshape(-1, widest, most).nonzero()
+        position = position[inside]
+        axis = (line >= count).astype(np.intp)
+    else:
+        first, stop = _candidates(rule, axes, origin)
+        first = np.maximum(first, part.first)
+        stop = np.clip(stop, first, part.stop)
+        tried = (stop - first).ravel()
+        row = np.repeat(np.arange(tried.size), tried)
+        before = np.cumsum(tried) - tried
+        number = np.arange(row.size) - (before - first.ravel())[row]
+        line = row // widest
+        position = _positions(rule, origin.ravel()[row], number, axes.bin.ravel()[line], axes.samples.ravel()[line])
+        axis = (line >= count).astype(np.intp)
+        inside = (position >= low) & (position <= high[axis])
+        row, number, position, axis = (a[inside] for a in (row, number, position, axis))
+        line, bin_ = np.divmod(row, widest)
+    return Samples(line, bin_, number, *_taps(rule, position, np.array(axes.sizes)[axis]))
 
 
 def _positions(rule: Rule, origin: np.ndarray, number: np.ndarray, bin: np.ndarray, samples: np.ndarray) -> np.ndarray:
@@ -235,80 +294,92 @@ def _positions(rule: Rule, origin: np.ndarray, number: np.ndarray, bin: np.ndarr
     return positions
 
 
-def _inside(rule: Rule, position: np.ndarray, size: int) -> np.ndarray:
-    """Whether positions lie inside the image; those that are NaN do not."""
-    low, high = (-1, size) if rule.clamps else (0, size - 1)
-    inside: np.ndarray = (position >= low) & (position <= high)
-    return inside
+@functools.lru_cache(maxsize=256)
+def _bounds(clamps: bool, sizes: tuple[int, ...], dtype: np.dtype) -> tuple[int, np.ndarray]:
+    """The least and, (A,), the greatest positions inside images of these sizes."""
+    exact = np.array(sizes, np.float64) - (0 if clamps else 1)
+    high = exact.astype(dtype)
+    # Down, where it has been rounded: what lies beyond must not be taken for inside.
+    high = np.where(high > exact, np.nextafter(high, dtype.type(0)), high)
+    high.flags.writeable = False
+    return (-1 if clamps else 0), high
 
 
-def most_samples(rule: Rule, axis: Axis, bins: int, size: int) -> np.ndarray:
-    """(K,) float64: about how many samples of a box `inside_samples` tries at most."""
-    samples = bins * axis.samples.astype(np.float64)
-    if rule.sampling_ratio == 0:  # at most about two samples a pixel lie inside
-        samples = np.minimum(samples, 2 * size + bins * EVERY_SAMPLE)
+def most_samples(rule: Rule, axes: Axes) -> np.ndarray:
+    """(A, K) float64: about how many samples of a line `inside_samples` tries at most."""
+    bins = column(axes.bins)
+    samples = bins * axes.samples
+    if not rule.fixed_samples:  # at most about two samples a pixel lie inside
+        samples = np.minimum(samples, 2 * column(axes.sizes) + bins * EVERY_SAMPLE)
     return samples
 
 
-def sample_range(rule: Rule, axis: Axis, bin: int, size: int) -> range:
-    """Of one box and bin: the samples outside of which none lies inside the image."""
-    with np.errstate(all="ignore"):
-        first, stop = _candidates(rule, axis, _origins(axis, range(bin, bin + 1)), size)
+def sample_range(rule: Rule, axes: Axes, bin: int) -> range:
+    """Of one box along one axis, and one bin: the samples outside of which none lies inside the image."""
+    first, stop = _candidates(rule, axes, _origins(axes, (range(bin, bin + 1),)))
     return range(first.item(), stop.item())
 
 
-def _origins(axis: Axis, bins: range) -> np.ndarray:
-    """(K, bins) where each bin begins."""
-    numbers = np.arange(bins.start, bins.stop).astype(axis.start.dtype)
-    origins: np.ndarray = axis.start[:, None] + numbers * axis.bin[:, None]
+def _origins(axes: Axes, bins: tuple[range, ...]) -> np.ndarray:
+    """(A, K, most bins) where each bin begins; NaN where one axis has fewer of them than the other."""
+    widest = max(bins, key=len)
+    numbers = np.arange(widest.start, widest.stop).astype(axes.start.dtype)
+    if bins.count(widest) < len(bins):
+        numbers = np.full((len(bins), 1, len(widest)), np.nan, axes.start.dtype)
+        for axis, along in enumerate(bins):
+            numbers[axis, 0, : len(along)] = along
+    origins: np.ndarray = axes.start[..., None] + numbers * axes.bin[..., None]
     return origins
 
 
-def _candidates(rule: Rule, axis: Axis, origin: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(K, bins) ranges [first, stop) of sample indices, outside of which no sample lies inside the image."""
-    stop = np.broadcast_to(axis.samples[:, None], origin.shape)
+def _candidates(rule: Rule, axes: Axes, origin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(A, K, bins) ranges [first, stop) of sample indices, outside of which no sample lies inside the image."""
+    stop = np.broadcast_to(axes.samples[..., None], origin.shape)
     first = np.zeros_like(stop)
-    if axis.samples.max(initial=0) <= EVERY_SAMPLE:
+    if axes.samples.max(initial=0) <= EVERY_SAMPLE:
         return first, stop
-    start, step = origin.astype(np.float64), axis.bin.astype(np.float64)[:, None]
-    pitch = step / axis.samples[:, None]
+    start, step = origin.astype(np.float64), axes.bin.astype(np.float64)[..., None]
+    pitch = step / axes.samples[..., None]
     # Positions are rounded, at each of a few operations, relative to the largest number that takes part.
-    rounding = 8 * float(np.finfo(axis.start.dtype).eps)
+    rounding = 8 * float(np.finfo(axes.start.dtype).eps)
     slack = (
-        rounding * np.abs(axis.start.astype(np.float64))[:, None] + rounding * np.abs(start) + rounding * np.abs(step)
+        rounding * np.abs(axes.start.astype(np.float64))[..., None] + rounding * np.abs(start) + rounding * np.abs(step)
     )
+    size = column(axes.sizes)[..., None]
     ends = np.stack([((-1 - slack) - start) / pitch, ((size + slack) - start) / pitch]) - 0.5
     lower = np.clip(np.floor(ends.min(axis=0)), 0, stop)
     upper = np.clip(np.ceil(ends.max(axis=0)) + 1, lower, stop)
     narrow = (stop > EVERY_SAMPLE) & (pitch != 0)
     first = np.where(narrow, lower, first)
     stop = np.where(narrow, upper, stop)
-    stop = np.where(np.isfinite(start) & np.isfinite(step), stop, 0)  # overflowed: no position is a number
+    stop = np.where(np.isfinite(start) & np.isfinite(step), stop, 0)  # no position is a number
     return np.where(stop > 0, first, 0).astype(np.int64), stop.astype(np.int64)
 
 
-def _taps(rule: Rule, position: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The two pixels that each position lies between, and the weight of the second.
+def _taps(rule: Rule, position: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two pixels that each position lies between, and the weight of the second. `size`: of the image, for each.
 
     The difference of the two is the slope to the position, so at a pixel's centre, where interpolation has a
     kink, the choice of taps chooses the slope. TensorFlow takes floor and ceil, which are one pixel there: slope
     0. The other operators take the next pixel with weight 0: the slope toward larger positions; at the last pixel,
     which has no next one, toward smaller. Where positions are clamped the slope is 0.
     """
+    real = position.dtype
     if rule.nearest:
-        low = np.floor(position)
+        floor = np.floor(position)
         # not floor(position + 0.5): that sum is rounded, and 0.49999997 would go up
-        low = (low + (position - low >= 0.5)).astype(np.int64)
+        low = (floor + (position - floor >= 0.5)).astype(np.int64)
         return low, low, np.zeros_like(position)
+    last = size - 1
     if rule.clamps:
-        inner = (position >= 0).astype(np.int64)
-        position = np.clip(position, 0, size - 1)
-        low = position.astype(np.int64)
-        high = np.minimum(low + inner, size - 1)
+        inner = position >= 0
+        position = np.minimum(np.maximum(position, 0), last.astype(real))
+        low = np.minimum(position.astype(np.int64), last)  # `last` may have been rounded up
+        high = np.minimum(low + inner, last)
     elif rule.dialect is Dialect.CROP_AND_RESIZE:
         low = position.astype(np.int64)
         high = np.ceil(position).astype(np.int64)
     else:
-        low = np.minimum(position.astype(np.int64), max(size - 2, 0))
-        high = np.minimum(low + 1, size - 1)
-    return low, high, position - low.astype(position.dtype)
+        low = np.minimum(position.astype(np.int64), np.maximum(last - 1, 0))
+        high = np.minimum(low + 1, last)
+    return low, high, position - low.astype(real)

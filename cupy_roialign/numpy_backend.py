@@ -57,8 +57,8 @@ def forward(
     if output.size:
         for way, numbers in [(numpy_dense, np.arange(len(boxes)))] if directions else _ways(job):
             way.forward(job, numbers, features, output)
-        if not np.isfinite(job.boxes).all():
-            output[~geometry.finite_boxes(rule, job.boxes)] = np.nan
+        if job.finite is not None:
+            output[~job.finite] = np.nan
     return output
 
 
@@ -103,8 +103,8 @@ def box_gradient(
     if grad_output.size and not rule.nearest:
         # Slopes are differences of pixels that may be large, so each box needs a level of its own to count from.
         numpy_dense.box_gradient(job, np.arange(len(boxes)), grad_output, features, gradient)
-    if not np.isfinite(job.boxes).all():
-        gradient[np.ix_(~geometry.finite_boxes(rule, job.boxes), np.array(rule.columns))] = np.nan
+    if job.finite is not None:
+        gradient[np.ix_(~job.finite, np.array(rule.columns))] = np.nan
     return gradient.astype(boxes.dtype.newbyteorder("="), copy=False)
 
 

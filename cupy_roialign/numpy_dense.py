@@ -15,15 +15,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_roialign import geometry, numpy_job, threads
+from cupy_roialign import geometry, numpy_job, numpy_slopes, threads
 from cupy_roialign.numpy_job import Job, fill_outside
-from cupy_roialign.numpy_weights import BLOCK, AxisWeights, Block, Pixels, Taps, count_of, some_of
+from cupy_roialign.numpy_weights import BLOCK, AxisWeights, Block, Pixels, Taps, count_of, first_of, some_of
 
 PIXELS_AT_ONCE = 256
 """Pixels on their way to planes that lie in a small buffer."""
 
 FEW_CHANNELS = 16
-"""Below, an image is worked on as planes, (C, H, W); from here on as pixels, (H, W, C)."""
+"""Below, an image is worked on as planes, (C, H, W), unless it lies as pixels, (H, W, C); from here on as pixels."""
+
+MANY_CHANNELS = 128
+"""From here on gradients to boxes are by products of a few rows of pixels; of fewer, these are not worth the calls."""
+
+NEAR = 16
+"""Rows of pixels; boxes that begin in the same are worked on from left to right."""
 
 WORTH_SHARING = 2_000_000
 """Multiplications of a box from which on boxes are shared out among threads."""
@@ -33,10 +39,10 @@ Product = Callable[..., np.ndarray]
 
 def forward(job: Job, numbers: np.ndarray, features: np.ndarray, output: np.ndarray) -> None:
     """Writes the crops of some boxes."""
-    layout, total = _Layout.of(job.shape[1]), None
-    for chunk in _Plan(job, numbers).chunks():
+    layout, total = _Layout.of(features), None
+    for chunk in _Plan(job, numbers, layout).chunks():
         target = chunk.of(output)
-        if chunk.is_first:
+        if chunk.is_first and chunk.empty:
             target[chunk.empty] = 0
         if chunk.is_part and chunk.is_first:
             total = np.zeros(target.shape[1:], job.dtype)
@@ -67,8 +73,8 @@ def feature_gradient(
     job: Job, numbers: np.ndarray, grad_output: np.ndarray, total: np.ndarray, begun: set[int]
 ) -> None:
     """Adds the gradients of the crops of some boxes. `begun`: the images where `total` may not be 0 any more."""
-    layout = _Layout.of(job.shape[1])
-    for chunk in _Plan(job, numbers).chunks():
+    layout = _Layout.of(total)
+    for chunk in _Plan(job, numbers, layout, spread=True).chunks():
         grads = chunk.of(grad_output)
 
         def add(piece: _Piece, grads: np.ndarray = grads) -> None:
@@ -93,32 +99,93 @@ def box_gradient(
     job: Job, numbers: np.ndarray, grad_output: np.ndarray, features: np.ndarray, gradient: np.ndarray
 ) -> None:
     """Adds the gradients to some boxes."""
-    layout = _Layout.of(job.shape[1])
-    for chunk in _Plan(job, numbers).chunks():
-        flats = [np.zeros_like(weights.flat) for weights in chunk.weights]
-        slopes = [weights.blocks(flat) for weights, flat in zip(chunk.weights, flats, strict=True)]
-        for piece in chunk.pieces:
-            source = _Source(features, layout, piece, job.dtype)
+    layout = _PLANES if job.shape[1] < FEW_CHANNELS else _PIXELS  # that contract a few channels best
+    of_start, of_bin = np.zeros((2, 2, len(job.boxes)))
+    for chunk in _Plan(job, numbers, layout).chunks():
+        slopes = [np.zeros_like(weights.flat) for weights in chunk.weights]
+        for add, many in ((_add_by_lines, False), (_add_by_bands, True)):
+            pieces = [piece for piece in chunk.pieces if _by_bands(piece, job.rule.bins) == many]
+            if pieces:
+                add(job, layout, chunk, pieces, grad_output, features, slopes)
+        for along, weights, slope in zip(_along(chunk.weights), chunk.weights, slopes, strict=True):
+            to_start, to_bin = weights.taps.position_gradient(slope[weights.low], slope[weights.high])
+            of_start[along, chunk.boxes] += to_start
+            of_bin[along, chunk.boxes] += to_bin
+    low, high = job.slopes.gradient(of_start, of_bin)
+    gradient[:, job.rule.columns[:2]] += low.T
+    gradient[:, job.rule.columns[2:]] += high.T
 
-            def take(
-                box: _Box, chunk: _Chunk = chunk, piece: _Piece = piece, source: _Source = source, to: Any = slopes
-            ) -> None:
-                window = source.level_window(box)
-                grad = chunk.of(grad_output)[box.number, piece.channels]
-                if not _is_finite(grad):  # bins without a sample stay as they are, whatever the gradient there
-                    inside_y, inside_x = chunk.inside()
-                    grad = np.where(inside_y[box.place][:, None] & inside_x[box.place], grad, 0)
-                grad = layout.view(grad).astype(job.dtype, copy=False)
-                for axis, others in box.partners(job.directions):
-                    _add_weight_gradient(to[axis][box.place], axis, grad, window, others, layout.axes)
 
-            threads.run(take, piece.boxes, 2 * piece.multiplications(job.rule.bins))
-        for axis in (0, 1):
-            weights, flat = chunk.weights[axis], flats[axis]
-            of_position = weights.taps.position_gradient(flat[weights.low], flat[weights.high])
-            low, high = chunk.axes[axis].edge_gradient(*of_position)
-            gradient[chunk.boxes, job.rule.columns[axis]] += low
-            gradient[chunk.boxes, job.rule.columns[axis + 2]] += high
+def _by_bands(piece: _Piece, bins: tuple[int, int]) -> bool:
+    """Not where there are far more bins than pixels: each bin takes its rows of pixels anew."""
+    return piece.channel_count >= MANY_CHANNELS and len(piece.boxes) * math.prod(bins) <= 2 * piece.pixels
+
+
+def _add_by_lines(
+    job: Job,
+    layout: _Layout,
+    chunk: _Chunk,
+    pieces: list[_Piece],
+    grad_output: np.ndarray,
+    features: np.ndarray,
+    slopes: list[np.ndarray],
+) -> None:
+    """Adds the gradients to the weights: windows resampled along one axis, then times the gradients to the crops."""
+    partners, blocks = _partners(job), _matrices(chunk.weights, slopes)
+    for piece in pieces:
+        source = _Source(features, layout, piece, job.dtype)
+
+        def take(box: _Box, piece: _Piece = piece, source: _Source = source) -> None:
+            window = source.level_window(box)
+            grad = chunk.of(grad_output)[box.number, piece.channels]
+            if not _is_finite(grad):  # bins without a sample stay as they are, whatever the gradient there
+                inside_y, inside_x = chunk.inside()
+                grad = np.where(inside_y[box.place][:, None] & inside_x[box.place], grad, 0)
+            grad = layout.view(grad).astype(job.dtype, copy=False)
+            for term, axis in partners:
+                others = box.terms[term][1 - axis]
+                _add_weight_gradient(blocks[axis][box.place], axis, grad, window, others, layout.axes)
+
+        threads.run(take, piece.boxes, 2 * piece.multiplications(job.rule.bins))
+
+
+def _add_by_bands(
+    job: Job,
+    layout: _Layout,
+    chunk: _Chunk,
+    pieces: list[_Piece],
+    grad_output: np.ndarray,
+    features: np.ndarray,
+    slopes: list[np.ndarray],
+) -> None:
+    """The same, the other way round: pixels times the gradients to the crops, and then weights."""
+    partners, bands = _partners(job), numpy_slopes.Bands(chunk.weights[0])
+    along_y, along_x = np.zeros(len(bands.places), job.dtype), _matrices(chunk.weights, slopes)[1]
+    weights_y = [chunk.along_y[term][bands.places] for term, axis in partners if axis == 1]
+    terms_x = [term for term, axis in partners if axis == 0]
+    grads = chunk.of(grad_output).transpose(0, 2, 1, 3)
+    for piece in pieces:
+        source = _Source(features, layout, piece, job.dtype)
+        # Boxes side by side one after another: what they share is in the cache. By one thread: a second would mostly
+        # wait for Python, that so many small products are called by.
+        for box in sorted(piece.boxes, key=lambda box: (first_of(box.pixels[0]) // NEAR, first_of(box.pixels[1]))):
+            entries = bands.entries(box.place)
+            numpy_slopes.add(
+                along_y[entries],
+                along_x[box.place],
+                [weights[entries] for weights in weights_y],
+                [box.terms[term][1] for term in terms_x],
+                bands.rows[box.place],
+                _readable(grads[box.number, :, piece.channels], job.dtype),
+                functools.partial(source.level_rows, box, source.level(box)),
+            )
+    slopes[0][bands.places] += along_y
+
+
+def _partners(job: Job) -> list[tuple[int, int]]:
+    """The terms and axes along which weights have yet to change, those along the other being as they are there."""
+    taken = geometry.terms(len(job.directions))
+    return [(term, axis) for term, changes in enumerate(taken) for axis in (0, 1) if changes[axis] is None]
 
 
 # ---- memory ----
@@ -129,6 +196,13 @@ def _blas_reads(view: np.ndarray) -> bool:
     rows, columns = view.strides[-2:]
     native = view.flags.aligned and view.dtype.isnative
     return native and columns == view.itemsize and rows >= view.shape[-1] * view.itemsize
+
+
+def _readable(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`view` as matrix products take it, its last two axes in either order."""
+    if view.dtype == dtype and (_blas_reads(view) or _blas_reads(view.swapaxes(-1, -2))):
+        return view
+    return np.ascontiguousarray(view, dtype)
 
 
 def _is_finite(values: np.ndarray) -> bool:
@@ -166,8 +240,10 @@ class _Layout(NamedTuple):
     axes: tuple[int, int]
 
     @staticmethod
-    def of(channels: int) -> _Layout:
-        return _Layout((0, 1, 2), (1, 2)) if channels < FEW_CHANNELS else _Layout((1, 2, 0), (0, 1))
+    def of(features: np.ndarray) -> _Layout:
+        channels = features.shape[1]
+        beside = (features.strides[1], features.strides[3]) == (features.itemsize, channels * features.itemsize)
+        return _PIXELS if channels >= FEW_CHANNELS or (channels > 1 and beside) else _PLANES
 
     def view(self, image: np.ndarray) -> np.ndarray:
         return image.transpose(self.order)
@@ -187,6 +263,9 @@ class _Layout(NamedTuple):
         if isinstance(y, np.ndarray) and isinstance(x, np.ndarray):
             y = y[:, None]
         return (*(slice(None),) * self.axes[0], y, x)
+
+
+_PLANES, _PIXELS = _Layout((0, 1, 2), (1, 2)), _Layout((1, 2, 0), (0, 1))
 
 
 class _Source:
@@ -217,12 +296,37 @@ class _Source:
         pixel = window[self.layout.at((slice(0, 1), slice(0, 1)))]
         return window - np.where(np.isfinite(pixel), pixel, 0)
 
+    def level(self, box: _Box) -> np.ndarray:
+        """(columns * C,) the first pixel of a box, for each column that it touches; 0 where that is not finite."""
+        y, x = map(first_of, box.pixels)
+        pixel = self.base[y, x].astype(self.dtype)
+        if not _is_finite(pixel):
+            pixel = np.where(np.isfinite(pixel), pixel, 0)
+        return pixel[None].repeat(count_of(box.pixels[1]), axis=0).ravel()
+
+    def level_rows(self, box: _Box, level: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
+        """(rows, columns * C) some of the pixels of a box, less its level."""
+        y, x = some_of(box.pixels[0], rows), some_of(box.pixels[1], columns)
+        if isinstance(y, slice) and isinstance(x, slice):
+            pixels, out = self.base[y, x], None
+        else:  # both axes at once: one after the other is two copies, and leaves pixels in another order
+            pixels = out = self.base[
+                np.ix_(*(np.arange(p.start, p.stop) if isinstance(p, slice) else p for p in (y, x)))
+            ]
+        if not self.ready:
+            pixels = out = np.array(pixels, self.dtype, order="C")
+        flat = pixels.reshape(len(pixels), -1)  # long rows: to take a level from each pixel is half as fast
+        return np.subtract(flat, level[: flat.shape[1]], out=None if out is None else flat)
+
 
 # ---- the plan ----
 
 
 Blocks = tuple[list[Block], list[Block]]
 """A box's weights along y and x, or their changes."""
+
+Matrices = tuple[list[list[Block]], list[list[Block]]]
+"""Those of all boxes along y, and those along x."""
 
 
 class _Box(NamedTuple):
@@ -232,13 +336,6 @@ class _Box(NamedTuple):
     place: int  # in the chunk
     pixels: tuple[Pixels, Pixels]  # its rows and columns in the piece's window
     terms: list[Blocks]  # what is to be added up; without directions only its weights
-
-    def partners(self, directions: Sequence[np.ndarray]) -> Iterator[tuple[int, list[Block]]]:
-        """The axes, along which weights have yet to change, and the weights along the other axis."""
-        for taken, blocks in zip(geometry.terms(len(directions)), self.terms, strict=True):
-            for axis in (0, 1):
-                if taken[axis] is None:
-                    yield axis, blocks[1 - axis]
 
 
 class _Piece(NamedTuple):
@@ -251,13 +348,16 @@ class _Piece(NamedTuple):
     crowded: bool  # more of them than that part has
     boxes: list[_Box]
 
+    @property
+    def channel_count(self) -> int:
+        return self.channels.stop - self.channels.start
+
     def multiplications(self, bins: tuple[int, int]) -> int:
         """About how many there are, for as many as a block of bins has at a pixel; 0 if boxes are too small to share.
 
         What there is to do besides the products of a box keeps all other threads waiting.
         """
-        channels = self.channels.stop - self.channels.start
-        number = min(BLOCK, max(bins)) * channels * (self.pixels + len(self.boxes) * math.prod(bins))
+        number = min(BLOCK, max(bins)) * self.channel_count * (self.pixels + len(self.boxes) * math.prod(bins))
         return number if number >= WORTH_SHARING * len(self.boxes) else 0
 
 
@@ -265,21 +365,21 @@ class _Chunk(NamedTuple):
     """Boxes whose weights are in memory together, sorted by image; or a part of one that is too large for that."""
 
     boxes: np.ndarray
-    axes: list[geometry.Axis]
-    weights: list[AxisWeights]
+    weights: list[AxisWeights]  # one of both axes, or one of each
+    along_y: list[np.ndarray]  # for each term the flat array with the matrices of y
     pieces: list[_Piece]
-    empty: np.ndarray  # those boxes that touch no pixel
+    empty: list[int]  # those boxes that touch no pixel
     is_part: bool = False
     is_first: bool = True  # part of these bins
 
     def of(self, crops: np.ndarray) -> np.ndarray:
         """(K, C, bins_y, bins_x) those bins of all crops that are at work."""
-        y, x = (slice(weights.taps.bins.start, weights.taps.bins.stop) for weights in self.weights)
+        y, x = (slice(bins.start, bins.stop) for weights in self.weights for bins in weights.taps.bins)
         return crops[:, :, y, x]
 
     def inside(self) -> tuple[np.ndarray, np.ndarray]:
         """(k, bins_y) and (k, bins_x) bool: the bin has a sample inside the image."""
-        y, x = (weights.taps.inside() for weights in self.weights)
+        y, x = (inside for weights in self.weights for inside in weights.taps.inside())
         return y, x
 
 
@@ -288,93 +388,108 @@ class _Plan(NamedTuple):
 
     job: Job
     numbers: np.ndarray  # the boxes
+    layout: _Layout
+    spread: bool = False  # crops to pixels
 
     def chunks(self) -> Iterator[_Chunk]:
         """All boxes, as many at a time as the workspace holds the weights of."""
-        job, rule, sizes = self.job, self.job.rule, self.job.shape[2:]
-        order = self.numbers[np.argsort(job.batch_indices[self.numbers], kind="stable")]
-        axes = [axis.of(order) for axis in job.axes]
-        whole = [geometry.Part(range(bins)) for bins in rule.bins]
-        each = [AxisWeights.estimate_bytes(rule, axes[a], rule.bins[a], sizes[a]) for a in (0, 1)]
-        copies = 2 + len(job.directions)  # the gradient to weights is as large as they are
-        cost = (each[0] + each[1]) * (copies / numpy_job.WORKSPACE)
-        if job.shape[1] * math.prod(rule.bins) * job.dtype.itemsize > numpy_job.WORKSPACE:
-            cost[:] = math.inf
+        job, rule = self.job, self.job.rule
+        order, axes = self.numbers, job.axes
+        if job.shape[0] > 1 or len(order) < len(job.boxes):
+            order = order[np.argsort(job.batch_indices[order], kind="stable")]
+            axes = axes.of(order)
+        share = (2 + len(job.directions)) / numpy_job.WORKSPACE  # the gradient to weights is as large as they are
+        crop_fits = job.shape[1] * math.prod(rule.bins) * job.dtype.itemsize <= numpy_job.WORKSPACE
+        if crop_fits and len(order) * AxisWeights.most_bytes(rule, job.shape[2:]) * share <= 1:
+            yield self._chunk(order, [self._weights(axes, geometry.whole(rule))])
+            return
+        cost = AxisWeights.estimate_bytes(rule, axes).sum(axis=0) * share if crop_fits else np.full(len(order), np.inf)
         for some in numpy_job.runs(cost):
-            chosen, part = order[some], [axis.of(some) for axis in axes]
             if cost[some.start] <= 1:
-                yield self._chunk(chosen, part, [self._weights(part, axis, whole[axis]) for axis in (0, 1)])
+                yield self._chunk(order[some], [self._weights(axes.of(some), geometry.whole(rule))])
             else:
-                yield from self._cut(chosen, part)
+                yield from self._cut(order[some], axes.of(some))
 
-    def _weights(self, axes: list[geometry.Axis], axis: int, part: geometry.Part) -> AxisWeights:
-        taps = Taps(self.job.rule, axes[axis], part, self.job.shape[2 + axis])
-        return AxisWeights(taps, self.job.dtype, 0.5 if self.job.shape[1] < FEW_CHANNELS else 0.75)
+    def _weights(self, axes: geometry.Axes, part: geometry.Part) -> AxisWeights:
+        job = self.job
+        dense, crop = 0.5 if job.shape[1] < FEW_CHANNELS else 0.75, job.shape[1] * math.prod(job.rule.bins)
+        return AxisWeights(Taps(job.rule, axes, part), job.dtype, dense, crop, self.spread)
 
-    def _cut(self, chosen: np.ndarray, axes: list[geometry.Axis]) -> Iterator[_Chunk]:
+    def _cut(self, chosen: np.ndarray, axes: geometry.Axes) -> Iterator[_Chunk]:
         """One box, in parts that the workspace holds; the parts of the same bins one after another."""
         job, bins, limit = self.job, self.job.rule.bins, numpy_job.WORKSPACE / 2 / (2 + len(self.job.directions))
         numbers_at_once = max(1, numpy_job.WORKSPACE // (job.shape[1] * job.dtype.itemsize))  # of each channel
         rows = max(1, min(bins[0], numbers_at_once // bins[1]))
-        at_most = (rows, max(1, numbers_at_once // rows))
-
-        def parts(axis: int) -> Iterator[list[geometry.Part]]:
-            return AxisWeights.cut(job.rule, axes[axis], bins[axis], job.shape[2 + axis], at_most[axis], limit)
-
-        for parts_y in parts(0):
-            for parts_x in parts(1):
+        y, x = axes.along(0), axes.along(1)
+        for parts_y in AxisWeights.cut(job.rule, y, rows, limit):
+            for parts_x in AxisWeights.cut(job.rule, x, max(1, numbers_at_once // rows), limit):
                 is_first = True
-                for y in parts_y:
-                    along_y = self._weights(axes, 0, y)
-                    for x in parts_x:
-                        chunk = self._chunk(chosen, axes, [along_y, self._weights(axes, 1, x)])
+                for part_y in parts_y:
+                    along_y = self._weights(y, part_y)
+                    for part_x in parts_x:
+                        chunk = self._chunk(chosen, [along_y, self._weights(x, part_x)])
                         yield chunk._replace(is_part=True, is_first=is_first)
                         is_first = False
 
-    def _chunk(self, chosen: np.ndarray, axes: list[geometry.Axis], weights: list[AxisWeights]) -> _Chunk:
-        channels, itemsize = self.job.shape[1], self.job.dtype.itemsize
-        layout, images = _Layout.of(channels), self.job.batch_indices[chosen]
-        terms = self._terms(chosen, axes, weights)
-        numbers, images = chosen.tolist(), images.tolist()
-        counts, first, stop = ([getattr(w, name).tolist() for w in weights] for name in ("counts", "first", "stop"))
-        active = [place for place in range(len(numbers)) if counts[0][place] and counts[1][place]]
+    def _chunk(self, chosen: np.ndarray, weights: list[AxisWeights]) -> _Chunk:
+        channels, itemsize, count = self.job.shape[1], self.job.dtype.itemsize, len(chosen)
+        images, numbers = self.job.batch_indices[chosen].tolist(), chosen.tolist()
+        flats = self._flats(chosen, weights)
+        matrices = {direction: _matrices(weights, some) for direction, some in flats.items()}
+        taken = geometry.terms(len(self.job.directions))
+        terms = [(matrices[y][0], matrices[x][1]) for y, x in taken]
+        lines = [line for each in weights for line in each.lines]  # along y, then along x
+        pairs = list(zip(lines[:count], lines[count:], strict=True))
+        active = [place for place, (y, x) in enumerate(pairs) if y.number and x.number]
         pieces = []
         for image, same in itertools.groupby(active, images.__getitem__):
             places = list(same)
-            low = [min(along[place] for place in places) for along in first]
-            high = [max(along[place] for place in places) for along in stop]
-            window = layout.at([slice(a, b) for a, b in zip(low, high, strict=True)])
+            low, high = [], []
+            for axis in (0, 1):
+                low.append(min(pairs[place][axis].first for place in places))
+                high.append(max(pairs[place][axis].stop for place in places))
+            window = self.layout.at([slice(a, b) for a, b in zip(low, high, strict=True)])
             area = (high[0] - low[0]) * (high[1] - low[1])
             members = [
                 _Box(
                     numbers[place],
                     place,
-                    (weights[0].pixels(place, low[0]), weights[1].pixels(place, low[1])),
+                    (pairs[place][0].pixels(low[0]), pairs[place][1].pixels(low[1])),
                     [(along_y[place], along_x[place]) for along_y, along_x in terms],
                 )
                 for place in places
             ]
-            pixels = sum(counts[0][place] * counts[1][place] for place in places)
+            pixels = sum(pairs[place][0].number * pairs[place][1].number for place in places)
             at_once = max(1, numpy_job.WORKSPACE // (area * itemsize))
+            if self.layout is _PIXELS and channels < FEW_CHANNELS:
+                at_once = channels  # they lie beside each other, and are read so
             for start in range(0, channels, at_once):
                 some = slice(start, min(start + at_once, channels))
                 pieces.append(_Piece(image, some, window, pixels, pixels >= area, members))
-        return _Chunk(chosen, axes, weights, pieces, chosen[(weights[0].counts == 0) | (weights[1].counts == 0)])
+        empty = [] if len(active) == count else chosen[sorted(set(range(count)).difference(active))].tolist()
+        return _Chunk(chosen, weights, [flats[y][0] for y, _ in taken], pieces, empty)
 
-    def _terms(
-        self, chosen: np.ndarray, axes: list[geometry.Axis], weights: list[AxisWeights]
-    ) -> list[tuple[list[list[Block]], list[list[Block]]]]:
-        """For each term the matrices of all boxes along y and x."""
+    def _flats(self, chosen: np.ndarray, weights: list[AxisWeights]) -> dict[int | None, list[np.ndarray]]:
+        """The weights, None, and how they change with each direction that a term takes."""
+        flats: dict[int | None, list[np.ndarray]] = {None: [each.flat for each in weights]}
+        for direction in range(len(self.job.directions)):
+            changes = self.job.changes(direction, chosen)
+            flats[direction] = [
+                each.scatter(*each.taps.changes(*(change[along] for change in changes)))
+                for along, each in zip(_along(weights), weights, strict=True)
+            ]
+        return flats
 
-        @functools.cache
-        def blocks(axis: int, direction: int | None) -> list[list[Block]]:
-            flat = weights[axis].flat
-            if direction is not None:
-                of_position = axes[axis].change(*self.job.edges(direction, axis, chosen))
-                flat = weights[axis].scatter(*weights[axis].taps.changes(*of_position))
-            return weights[axis].blocks(flat)
 
-        return [(blocks(0, y), blocks(1, x)) for y, x in geometry.terms(len(self.job.directions))]
+def _along(weights: list[AxisWeights]) -> list[slice]:
+    """The axes that each is of."""
+    return [slice(None)] if len(weights) == 1 else [slice(0, 1), slice(1, 2)]
+
+
+def _matrices(weights: list[AxisWeights], flats: list[np.ndarray]) -> Matrices:
+    """The matrices of all boxes as views of flat arrays, like those of the weights."""
+    lines = [line for each, flat in zip(weights, flats, strict=True) for line in each.blocks(flat)]
+    return lines[: len(lines) // 2], lines[len(lines) // 2 :]
 
 
 # ---- the arithmetic ----
@@ -384,14 +499,17 @@ def _product(values: np.ndarray, axis: int, matrix: np.ndarray, out: np.ndarray 
     """`matrix` (m, n) times `values` (..., n, ...) along `axis`, which gets m entries. The first of three axes too."""
     product: np.ndarray
     if axis == 2:
-        product = np.matmul(values, matrix.T, out=out)
+        product = np.matmul(values, np.ascontiguousarray(matrix.T), out=out)  # BLAS is faster than with matrix.T itself
         return product
     if axis == 1:
         product = np.matmul(matrix, values, out=out)
         return product
     rows, columns = values.shape[1:]
-    flat = np.matmul(matrix, values.reshape(len(values), rows * columns))
-    product = flat.reshape(len(matrix), rows, columns)
+    values = values.reshape(len(values), rows * columns)
+    if out is not None and out.flags.c_contiguous:
+        np.matmul(matrix, values, out=out.reshape(len(matrix), rows * columns))
+        return out
+    product = np.matmul(matrix, values).reshape(len(matrix), rows, columns)
     return product if out is None else _copy(out, product)
 
 
@@ -425,7 +543,9 @@ def _crop(
     for product in (_product, _exact_product):
         crops = []
         for blocks in terms:
-            first, second = _order(window.shape, blocks, axes)
+            # Planes are read as well along x as along y. But they are spread along x first: y writes whole rows.
+            doubt = 1 if axes == _PLANES.axes else 2
+            first, second = _order(window.shape, [along[-1].to.stop for along in blocks], axes, doubt)
             lines = _resample_window(window, dtype, first, blocks[first], axes, product)
             crops.append(_resample_axis(lines, axes[second], blocks[second], product, out if len(terms) == 1 else None))
         crop = sum(crops[1:], crops[0])
@@ -455,29 +575,41 @@ def _strips(width: int, nbytes: int) -> Iterator[slice]:
         yield slice(start, min(start + step, width))
 
 
-def _order(shape: tuple[int, ...], blocks: Blocks, axes: tuple[int, int]) -> tuple[int, int]:
+def _order(shape: Sequence[int], bins: Sequence[int], axes: tuple[int, int], doubt: float = 2) -> tuple[int, int]:
     """Which of y (0) and x (1) to resample first: the one whose result is the smaller.
 
-    If in doubt, the one in the middle of the layout: its products read whole rows as they lie. What lies between
-    the two products is thus never much larger than both the window and the crop.
+    If in doubt, `doubt` times smaller, the one whose products read whole rows as they lie. What lies between the two
+    products is thus never much larger than both the window and the crop.
     """
-    bins = [along[-1].bins.stop for along in blocks]
     between = [bins[axis] * shape[axes[1 - axis]] for axis in (0, 1)]
-    first = axes.index(1)
-    if between[first] > 2 * between[1 - first]:
+    first = 1 if axes == _PIXELS.axes and shape[2] >= FEW_CHANNELS else 0
+    if between[first] > doubt * between[1 - first]:
         first = 1 - first
     return (first, 1 - first)
+
+
+def _is_narrow(values: np.ndarray, axis: int) -> bool:
+    """Whether products along the axis are many small ones: x of pixels of few channels."""
+    return axis == 1 and values.shape[2] < FEW_CHANNELS <= len(values)
 
 
 def _resample_axis(
     values: np.ndarray, axis: int, blocks: list[Block], product: Product, out: np.ndarray | None = None
 ) -> np.ndarray:
     if out is None:
+        if len(blocks) == 1 and not _is_narrow(values, axis):
+            return product(values[_at(axis, blocks[0].of)], axis, blocks[0].matrix)
         shape = list(values.shape)
-        shape[axis] = blocks[-1].bins.stop
+        shape[axis] = blocks[-1].to.stop
         out = np.empty(shape, values.dtype)
+    if _is_narrow(values, axis):  # then by planes
+        for rows in _strips(len(values), max(values.nbytes, out.nbytes)):
+            planes = np.ascontiguousarray(values[rows].transpose(2, 0, 1))
+            for channel, plane in enumerate(_resample_axis(planes, 2, blocks, product)):
+                out[rows, :, channel] = plane  # all at once NumPy would take the few channels for its innermost loop
+        return out
     for block in blocks:
-        product(values[_at(axis, block.pixels)], axis, block.matrix, out[_at(axis, block.bins)])
+        product(values[_at(axis, block.of)], axis, block.matrix, out[_at(axis, block.to)])
     return out
 
 
@@ -489,37 +621,27 @@ def _add_spread(
     layout: _Layout,
     product: Product,
 ) -> None:
-    """Adds the gradient to a box's pixels from that to its crop, Wy^T G Wx; in strips, if it is a large one."""
+    """Adds the gradient to a box's pixels from that to its crop, Wy^T G Wx.
+
+    What the second product makes is added a block at a time where that can be, and in strips if it is a large one.
+    """
     axes = layout.axes
     shape = [count_of(pixels) for pixels in box]
     window = list(grad.shape)
     window[axes[0]], window[axes[1]] = shape
-    second, first = _order(tuple(window), blocks, axes)
-    lines = _spread_axis(grad, axes[first], shape[first], blocks[first], product)
+    second, first = _order(window, [grad.shape[axis] for axis in axes], axes)
+    lines = _resample_axis(grad, axes[first], blocks[first], product)
+    groups = [blocks[second]]
+    if axes[second] != 2 and not _is_narrow(lines, axes[second]):  # whole rows or pixels, while they are in the cache
+        groups = [[block] for block in blocks[second]]
+    longest = max(group[-1].to.stop - group[0].to.start for group in groups)
     pixels = list(box)
-    for strip in _strips(shape[first], math.prod(window) * grad.itemsize):
+    for strip in _strips(shape[first], lines.size // grad.shape[axes[second]] * longest * grad.itemsize):
+        some = lines[_at(axes[first], strip)]
         pixels[first] = some_of(box[first], strip)
-        part = _spread_axis(lines[_at(axes[first], strip)], axes[second], shape[second], blocks[second], product)
-        target[layout.at(pixels)] += part
-
-
-def _spread_axis(values: np.ndarray, axis: int, length: int, blocks: list[Block], product: Product) -> np.ndarray:
-    """The transpose of `_resample_axis`."""
-    if len(blocks) == 1:
-        return product(values, axis, blocks[0].matrix.T)
-    shape = list(values.shape)
-    shape[axis] = length
-    total = np.zeros(shape, values.dtype)
-    written = range(0)  # neighbouring blocks share hardly a pixel: all others are written once and not added up
-    for block in blocks:
-        pixels = range(block.pixels.start, block.pixels.stop)
-        shared = slice(max(pixels.start, written.start), min(pixels.stop, written.stop))
-        before = total[_at(axis, shared)].copy() if shared.start < shared.stop else None
-        product(values[_at(axis, block.bins)], axis, block.matrix.T, total[_at(axis, block.pixels)])
-        if before is not None:
-            total[_at(axis, shared)] += before
-        written = range(min(pixels.start, written.start), max(pixels.stop, written.stop)) if written else pixels
-    return total
+        for group in groups:
+            pixels[second] = some_of(box[second], slice(group[0].to.start, group[-1].to.stop))
+            target[layout.at(pixels)] += _resample_axis(some, axes[second], group, product)
 
 
 def _add_weight_gradient(
@@ -529,7 +651,7 @@ def _add_weight_gradient(
     other = 1 - axis
     for product in (_product, _exact_product):
         lines = _resample_window(window, grad.dtype, other, others, axes, product)
-        parts = [_contract(grad[_at(axes[axis], s.bins)], lines[_at(axes[axis], s.pixels)], axes[axis]) for s in slopes]
+        parts = [_contract(grad[_at(axes[axis], s.to)], lines[_at(axes[axis], s.of)], axes[axis]) for s in slopes]
         if all(_is_finite(part) for part in parts):
             break
     for slope, part in zip(slopes, parts, strict=True):

@@ -26,24 +26,30 @@ class Job:
     directions: Sequence[np.ndarray]  # each like the boxes
 
     @functools.cached_property
-    def axes(self) -> tuple[geometry.Axis, geometry.Axis]:
+    def axes(self) -> geometry.Axes:
         """All boxes along y and x."""
-        y, x = (geometry.resolve(self.rule, self.boxes, axis, self.shape[2 + axis]) for axis in (0, 1))
-        return y, x
+        return geometry.resolve(self.rule, self.boxes, self.shape[2:])
 
     @functools.cached_property
-    def samples(self) -> tuple[np.ndarray, np.ndarray]:
-        """(K,) and (K,) about how many samples a box has at most along y and x."""
-        y, x = (
-            geometry.most_samples(self.rule, *each)
-            for each in zip(self.axes, self.rule.bins, self.shape[2:], strict=True)
-        )
-        return y, x
+    def slopes(self) -> geometry.EdgeSlopes:
+        """How they follow their edges."""
+        return geometry.edge_slopes(self.rule, self.boxes, self.shape[2:])
 
-    def edges(self, direction: int, axis: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How (lo, hi) of some of the boxes change along an axis."""
-        change, columns = self.directions[direction], self.rule.columns
-        return change[numbers, columns[axis]], change[numbers, columns[axis + 2]]
+    @functools.cached_property
+    def samples(self) -> np.ndarray:
+        """(2, K) about how many samples a box has at most along y and x."""
+        return geometry.most_samples(self.rule, self.axes)
+
+    @functools.cached_property
+    def finite(self) -> np.ndarray | None:
+        """(K,) bool: all four coordinates of a box are; None: those of all boxes."""
+        return geometry.finite(self.rule, self.boxes)
+
+    def changes(self, direction: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(2, k) and (2, k): how `start` and `bin` of some of the boxes change with a direction."""
+        low, high = geometry.edges(self.rule, self.directions[direction])
+        of_start, of_bin = self.slopes.change(low, high)
+        return of_start[:, numbers], of_bin[:, numbers]
 
 
 def fill_outside(

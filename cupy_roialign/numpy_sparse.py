@@ -43,10 +43,9 @@ SAME_PLACE = 4096
 MOST_ENTRIES = 64
 """Entries of a bin, at most: they are added up one by one, so that of more of them rounding would show."""
 
-# Nanoseconds, fitted to times of both ways on some hundred shapes: what is gained by a box that goes this way, by a
-# product and by a pixel of it, and what an entry takes, and its products. What a matrix takes besides was fitted as
-# 320,000; the higher number keeps calls of few boxes (W5), which it made slower, on the dense way.
-BESIDES_NS, BOX_NS, PRODUCT_NS, PIXEL_NS, ENTRY_NS, ENTRY_PRODUCT_NS = 600_000, 30_000, 0.04, 0.18, 16, 0.08
+# Nanoseconds, fitted so that the way that is chosen is seldom the slower one, for some hundred shapes: what a box gains
+# that goes this way, and a product and a pixel of it; and what a matrix takes, an entry of it, and its products.
+BESIDES_NS, BOX_NS, PRODUCT_NS, PIXEL_NS, ENTRY_NS, ENTRY_PRODUCT_NS = 300_000, 12_000, 0.01, 0.3, 13, 0.07
 
 
 def suited(job: Job, forced: bool) -> np.ndarray | None:
@@ -59,21 +58,19 @@ def suited(job: Job, forced: bool) -> np.ndarray | None:
 
     if not forced and count * dense_ns(math.prod(job.shape[2:])) < BESIDES_NS:
         return None  # which is known without a look at the boxes
-    entries: Any = 1
-    pixels: Any = 1
-    for axis, samples, along, size in zip(job.axes, job.samples, job.rule.bins, job.shape[2:], strict=True):
-        pitch = np.abs(axis.bin)
-        between = pitch * (1 - 1 / np.maximum(axis.samples, 1))  # the first and the last sample of a bin
-        entries = entries * np.fmin(2 * samples, along * (between + 2))
-        pixels = pixels * np.fmin(size, along * pitch + 3)
+    along, size = (np.array(each)[:, None] for each in (job.rule.bins, job.shape[2:]))
+    pitch = np.abs(job.axes.bin)
+    between = pitch * (1 - 1 / np.maximum(job.axes.samples, 1))  # the first and the last sample of a bin
+    entries = np.fmin(2 * job.samples, along * (between + 2)).prod(axis=0)
+    pixels = np.fmin(size, along * pitch + 3).prod(axis=0)
     costs = np.maximum(entries * ENTRY_BYTES, pixels * PIXEL_BYTES)
     costs = np.maximum(costs, (job.samples[0] + job.samples[1]) * SAMPLE_BYTES)
     fits = np.maximum(costs, bins * PIXEL_BYTES) <= numpy_job.WORKSPACE
     fits &= entries <= MOST_ENTRIES * bins
     if forced:
         return fits if fits.any() else None
+    # All that fit or none: each way brings pixels into order, and the second would do so once more.
     gains = dense_ns(np.minimum(entries, pixels)) - entries * (ENTRY_NS + ENTRY_PRODUCT_NS * channels)
-    fits &= gains >= 0
     return fits if gains[fits].sum() > BESIDES_NS else None
 
 
@@ -120,11 +117,11 @@ def feature_gradient(
     whole = _matrix_of(grad_output, job.dtype) if few_pixels and _matrix_of(total, job.dtype) is not None else None
     blocks = _blocks(total, job.dtype, whole is not None)
     for chunk in _chunks(job, numbers, whole is not None):
-        strips = chunk.strips(chunk.matrix().T.tocsr(), blocks[0].stop, begun)
+        strips = chunk.strips(chunk.transpose(whole is not None), blocks[0].stop, begun)
 
         def add(task: tuple[list[_Strip], slice], chunk: _Chunk = chunk) -> None:
             strips, channels = task
-            crops = chunk.crops_of(grad_output, channels) if whole is None else chunk.rows_of(whole)
+            crops = chunk.crops_of(grad_output, channels) if whole is None else whole
             for strip in strips:
                 strip.add(strip.matrix @ crops, total[:, channels])
             if whole is None:
@@ -190,13 +187,12 @@ class _Boxes:
     """Boxes whose samples are in memory together."""
 
     def __init__(self, job: Job, numbers: np.ndarray):
-        self.job, self.numbers, self.axes = job, numbers, [axis.of(numbers) for axis in job.axes]
-        self.taps = [
-            Taps(job.rule, axis, geometry.Part(range(bins)), size)
-            for axis, bins, size in zip(self.axes, job.rule.bins, job.shape[2:], strict=True)
-        ]
-        self.rows = [AxisRows(taps) for taps in self.taps]
-        self.first, self.stop = np.stack([span(t.box, t.low, t.high, len(numbers)) for t in self.taps], axis=1)
+        self.job, self.numbers = job, numbers
+        taps = Taps(job.rule, job.axes.of(numbers), geometry.whole(job.rule))
+        self.taps = [taps.along(axis) for axis in (0, 1)]
+        self.rows = [AxisRows(along) for along in self.taps]
+        spans = span(taps.line, taps.low, taps.high, taps.shape[0])
+        self.first, self.stop = (each.reshape(2, len(numbers)) for each in spans)
         each = [np.diff(rows.begin[::bins]) for rows, bins in zip(self.rows, job.rule.bins, strict=True)]
         self.along = np.stack(each)  # (2, K) entries along y and x
         self.entries = self.along[0] * self.along[1]  # (K,)
@@ -207,8 +203,8 @@ class _Boxes:
         if (axis, direction) not in self._values:
             taps = self.taps[axis].weights
             if direction is not None:
-                edges = self.job.edges(direction, axis, self.numbers)
-                taps = self.taps[axis].changes(*self.axes[axis].change(*edges))
+                changes = self.job.changes(direction, self.numbers)
+                taps = self.taps[axis].changes(*(each[axis] for each in changes))
             self._values[axis, direction] = self.rows[axis].values(*taps)
         return self._values[axis, direction]
 
@@ -261,13 +257,25 @@ class _Chunk:
         values = total.astype(job.dtype)
         # NaN and infinities reach only where their weight is not 0: there must be no entries that are.
         kept = values != 0
-        begin = np.concatenate([[0], np.cumsum(kept)])[self._begin].astype(np.int32)
+        column, begin = self._column, self._begin
+        if not kept.all():
+            values, column, begin = values[kept], column[kept], np.concatenate([[0], np.cumsum(kept)])[begin]
         shape = (len(begin) - 1, self._windows[-1].columns.stop)
-        return _csr_array()((values[kept], self._column[kept], begin), shape=shape)
+        return _csr_array()((values, column, begin.astype(np.int32)), shape=shape)
+
+    def transpose(self, whole: bool) -> Any:
+        """(pixels, bins); `whole`: the bins of all boxes of the job, not only of those at work."""
+        transpose = self.matrix().T.tocsr()
+        if whole:
+            bins = self._shape[1] * self._shape[2]
+            rows = (self.numbers[:, None] * bins + np.arange(bins)).ravel().astype(np.int32)
+            shape = (transpose.shape[0], len(self._boxes.job.boxes) * bins)
+            return _csr_array()((transpose.data, rows[transpose.indices], transpose.indptr), shape=shape)
+        return transpose
 
     def inside(self) -> tuple[np.ndarray, np.ndarray]:
         """(k, bins_y) and (k, bins_x) bool: the bin has a sample inside the image."""
-        y, x = (taps.inside()[self._some] for taps in self._boxes.taps)
+        y, x = (taps.inside()[0][self._some] for taps in self._boxes.taps)
         return y, x
 
     @property
@@ -354,11 +362,6 @@ class _Chunk:
         np.multiply(taken, 1, out=self.as_crops(rows), dtype=rows.dtype)
         return rows
 
-    def rows_of(self, crops: np.ndarray) -> np.ndarray:
-        """(bins, C), as rows of the matrix, from all (K*bins, C)."""
-        each = crops.reshape(-1, self._shape[1] * self._shape[2], crops.shape[1])
-        return each[self.select()].reshape(-1, crops.shape[1])
-
     def as_crops(self, values: np.ndarray) -> np.ndarray:
         """(k, channels, bins_y, bins_x) from (bins, channels)."""
         return values.reshape(-1, *self._shape[1:], values.shape[1]).transpose(0, 3, 1, 2)
@@ -375,9 +378,10 @@ def _ranges(first: np.ndarray, count: np.ndarray) -> np.ndarray:
 
 def _chunks(job: Job, numbers: np.ndarray, whole: bool) -> Iterator[_Chunk]:
     """All of these boxes. `whole`: the columns of the matrix are all pixels of all images."""
-    places = np.stack([job.batch_indices, *(np.zeros_like(job.batch_indices) for _ in job.axes)])
+    places = np.zeros((3, len(job.boxes)), np.int64)
+    places[0] = job.batch_indices
     if not whole:
-        places[1:] = [_tile(*one) for one in zip(job.axes, job.rule.bins, job.shape[2:], strict=True)]
+        places[1:] = _tiles(job.axes)
         numbers = numbers[np.lexsort(places[::-1, numbers])]
     samples = (job.samples[0] + job.samples[1])[numbers]
     all_pixels = _all_pixels(job.shape) if whole else []
@@ -439,10 +443,11 @@ def _changes(rows: np.ndarray) -> np.ndarray:
     return changes
 
 
-def _tile(axis: geometry.Axis, bins: int, size: int) -> np.ndarray:
-    """(K,) the part of the image, along one axis, that a box has its centre in."""
-    tiles = max(1, size // TILE)
-    middle = axis.start.astype(np.float64) + axis.bin * (bins / 2)
+def _tiles(axes: geometry.Axes) -> np.ndarray:
+    """(2, K) the part of the image, along each axis, that a box has its centre in."""
+    bins, size = (np.array(each)[:, None] for each in (axes.bins, axes.sizes))
+    tiles = np.maximum(1, size // TILE)
+    middle = axes.start.astype(np.float64) + axes.bin * (bins / 2)
     return np.clip(np.nan_to_num(middle * (tiles / size)), 0, tiles - 1).astype(np.int64)
 
 

@@ -293,6 +293,22 @@ def test_not_finite_boxes_give_nan_and_leave_the_others_alone(call, value, backe
         np.testing.assert_array_equal(grad_boxes[1], expected_boxes[1])
 
 
+@pytest.mark.parametrize("sampling_ratio", [-1, 2])
+def test_a_box_without_an_end_is_not_widened(sampling_ratio, backend):
+    features = np.ones((1, 2, 6, 6), np.float32)
+    cotangent = np.ones((2, 2, 2, 2), np.float32)
+    for broken in ([0, 1, 1, -np.inf, 4], [0, 1, 1, 4, -np.inf]):
+        boxes = np.array([broken, [0, 2, 2, 5, 5]], np.float32)
+        output, grad_features, grad_boxes = backend.vjp(
+            cr.roi_align, features, boxes, 2, sampling_ratio=sampling_ratio, aligned=False, cotangent=cotangent
+        )
+        assert np.isnan(output[0]).all()
+        assert np.isnan(grad_boxes[0, 1:]).all()
+        np.testing.assert_array_equal(output[1], 1)
+        np.testing.assert_array_equal(grad_features[..., 1, 1], 0)
+        np.testing.assert_allclose(grad_features.sum(), 8, rtol=1e-6)
+
+
 HUGE = [
     [-1e30, -1e30, 1e30, 1e30],
     [1e30, 1e30, 2e30, 2e30],
@@ -322,6 +338,32 @@ def test_huge_and_tiny_boxes(call, real, backend):
         assert np.isfinite(grad_features).all()
         assert np.isfinite(grad_boxes).all()
         assert np.abs(output[:5]).max() <= np.abs(FEATURES).max()
+
+
+WIDTH = 2**24 + 4  # of which float32 rounds the last pixel's number, WIDTH - 1, up to WIDTH
+
+
+@pytest.mark.parametrize(
+    ("operator", "box", "expected"),
+    [
+        (cr.roi_align, [WIDTH, 0, WIDTH + 2, 1], 7.0),  # clamped to the last pixel
+        (cr.roi_crop, [WIDTH - 2, 0, WIDTH - 2, 0], 5.0),
+        (cr.roi_crop, [WIDTH, 0, WIDTH, 0], 0.0),
+        (cr.crop_and_resize, [0, 1, 0, 1], 0.0),  # its position comes out as WIDTH, outside
+    ],
+)
+def test_an_image_too_wide_for_positions_to_be_exact(operator, box, expected, backend):
+    image = np.zeros((1, 1, 1, WIDTH), np.float32)
+    image[..., -2:] = 5, 7
+    boxes = np.array([box], np.float32)
+    options = {"sampling_ratio": 1} if operator is cr.roi_align else {}
+    if operator is cr.roi_crop:
+        options["transform_fpcoor"] = False
+    if operator is cr.roi_align:
+        output = backend(operator, image, boxes, 1, batch_indices=np.array([0]), **options)
+    else:
+        output = backend(operator, image, boxes, np.array([0]), 1, **options)
+    assert output.item() == expected
 
 
 def test_inverted_and_empty_boxes():

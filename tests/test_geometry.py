@@ -20,7 +20,7 @@ def integer_edges(real):
 
 def along_x(rule, low, high):
     boxes = np.stack([low, 0 * low, high, 0 * low + 9], axis=1)
-    return geometry.inside_samples(rule, geometry.resolve(rule, boxes, 1, SIZE), Part(range(BINS)), SIZE)
+    return geometry.inside_samples(rule, geometry.resolve(rule, boxes, (9, SIZE)).along(1), Part((range(BINS),)))
 
 
 @pytest.mark.parametrize("real", [np.float32, np.float64])
@@ -31,7 +31,7 @@ def test_roi_align(scale, sampling_ratio, aligned, real):
     low, high = integer_edges(real)
     rule = Rule(Dialect.ROI_ALIGN, (BINS, BINS), X1_Y1_X2_Y2, scale, sampling_ratio, aligned)
     found = along_x(rule, low, high)
-    taps = zip(found.box * BINS + found.bin, found.number, found.low, found.fraction, strict=True)
+    taps = zip(found.line * BINS + found.bin, found.number, found.low, found.fraction, strict=True)
     actual = {(int(row), int(number)): (int(pixel), float(fraction)) for row, number, pixel, fraction in taps}
     expected = {}
     for k in range(len(low)):
@@ -53,7 +53,7 @@ def test_crops(op, real):
     rule = Rule(Dialect[op.upper()], (BINS, BINS), X1_Y1_X2_Y2)
     found = along_x(rule, low, high)
     actual = dict(
-        zip((found.box * BINS + found.bin).tolist(), (found.low.astype(real) + found.fraction).tolist(), strict=True)
+        zip((found.line * BINS + found.bin).tolist(), (found.low.astype(real) + found.fraction).tolist(), strict=True)
     )
     expected = {}
     for k in range(len(low)):
@@ -69,7 +69,7 @@ def test_nearest_rounds_the_position_itself():
     rule = Rule(Dialect.CROP_AND_RESIZE, (1, 1), (0, 1, 2, 3), nearest=True)
     below = np.nextafter(np.float32(0.5), np.float32(0))
     for position, pixel in ((below, 0), (np.float32(0.5), 1), (np.float32(1.5), 2), (np.float32(2.5), 3)):
-        low, high, fraction = geometry._taps(rule, np.array([position]), 9)
+        low, high, fraction = geometry._taps(rule, np.array([position]), np.array([9]))
         assert (low.item(), high.item(), fraction.item()) == (pixel, pixel, 0)
 
 

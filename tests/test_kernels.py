@@ -105,19 +105,16 @@ def test_positions_are_the_same_to_the_bit(real, size, cupy):
         expected = np.zeros((count, 2, 8), real)
         k = np.arange(count)
         with np.errstate(all="ignore"):
-            for a in (0, 1):
-                axis = geometry.resolve(rule, boxes, a, size[a])
-                taken = geometry.resolve(rule, np.where(np.isfinite(boxes).all(1)[:, None], boxes, 0), a, size[a])
-                samples = np.where(np.isfinite(boxes).all(1), axis.samples, 0)
-                assert (samples == np.where(np.isfinite(boxes).all(1), taken.samples, 0)).all()
+            axes = geometry.resolve(rule, boxes, size)
+            for a, (start, step, samples) in enumerate(zip(axes.start, axes.bin, axes.samples, strict=True)):
                 number = np.where(samples > 0, k % np.maximum(samples, 1), 0)
-                origin = axis.start + (k % rule.bins[a]).astype(real) * axis.bin
-                within = ((number.astype(real) + real(rule.offset)) * axis.bin) / np.maximum(samples, 1).astype(real)
+                origin = start + (k % rule.bins[a]).astype(real) * step
+                within = ((number.astype(real) + real(rule.offset)) * step) / np.maximum(samples, 1).astype(real)
                 position = origin + within
                 low_edge, high_edge = (-1, size[a]) if rule.clamps else (0, size[a] - 1)
                 inside = (position >= low_edge) & (position <= high_edge) & (samples > 0)
-                low, high, fraction = geometry._taps(rule, position[inside], size[a])
-                columns = [axis.start, axis.bin, samples, np.where(samples > 0, position, 0), inside]
+                low, high, fraction = geometry._taps(rule, position[inside], np.full(inside.sum(), size[a]))
+                columns = [start, step, samples, np.where(samples > 0, position, 0), inside]
                 expected[:, a, :5] = np.stack([c.astype(real) for c in columns], axis=1)
                 expected[inside, a, 5:] = np.stack([low.astype(real), high.astype(real), fraction], axis=1)
         sound = np.isfinite(boxes).all(1)

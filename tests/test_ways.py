@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cupy_roialign as cr
-from cupy_roialign import numpy_backend, numpy_job, numpy_sparse
+from cupy_roialign import numpy_backend, numpy_dense, numpy_job, numpy_sparse
 from cupy_roialign.geometry import Dialect, Rule
 from tests import tolerance
 from tests.test_cost import MIB, X1_Y1_X2_Y2, peak
@@ -26,6 +26,12 @@ def crowd():
     return features, boxes, np.zeros(40, np.int64), grad, Rule(Dialect.ROI_ALIGN, (7, 7), X1_Y1_X2_Y2, 1.0, 2, True)
 
 
+@pytest.fixture(params=["lines", "bands"])
+def _slopes(request, monkeypatch):
+    """Both ways to the gradient to boxes."""
+    monkeypatch.setattr(numpy_dense, "MANY_CHANNELS", 1 if request.param == "bands" else 2**60)
+
+
 def sparse_and_dense(function):
     results = []
     for sparse in (True, False):
@@ -35,6 +41,7 @@ def sparse_and_dense(function):
 
 
 @pytest.mark.parametrize("value", [1e4, -1e9, 3e38, np.nan])
+@pytest.mark.usefixtures("_slopes")
 def test_a_pixel_leaves_the_gradients_of_boxes_alone_that_do_not_touch_it(value):
     features, boxes, indices, grad, rule = crowd()
     expected = numpy_backend.box_gradient(grad, features, boxes, indices, rule)[1:]
@@ -54,6 +61,7 @@ def test_a_pixel_leaves_the_derivatives_of_crops_alone_that_do_not_touch_it(valu
     tolerance.assert_close(actual, expected, tolerance.GRADIENT["float32"])
 
 
+@pytest.mark.usefixtures("_slopes")
 def test_an_offset_of_the_features_costs_no_precision():
     features, boxes, indices, grad, rule = crowd()
     along = [np.random.default_rng(1).standard_normal(boxes.shape)]
@@ -116,6 +124,7 @@ def test_windows_of_one_image_overlap():
     tolerance.assert_close(sparse, dense, tolerance.GRADIENT["float32"])
 
 
+@pytest.mark.usefixtures("_slopes")
 def test_the_gradient_of_a_bin_without_a_sample_counts_for_nothing():
     """A NaN there, as of a loss that divides by the crop's mean, says nothing about the box."""
     rng = np.random.default_rng(0)
@@ -151,6 +160,26 @@ def test_chunks_of_the_sparse_way_add_up(order, monkeypatch):
     assert numpy_sparse.suited(numpy_backend._job(features, boxes, indices, rule, ()), forced=True).all()
     for a, b in zip(run(), whole, strict=True):
         tolerance.assert_close(a, b, tolerance.GRADIENT["float32"])
+
+
+def test_boxes_of_both_ways_by_turns():
+    """Every other box has too many entries for the sparse way. The others' gradients are read where they lie."""
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 90, (100, 2))
+    side = np.where(np.arange(100) % 2, 9, 300)[:, None]
+    boxes = np.concatenate([corner, corner + side], axis=1).astype(np.float32)
+    features, grad = (
+        lay_out(rng.standard_normal(shape, dtype=np.float32), "channels-last")
+        for shape in ((1, 512, 100, 100), (100, 512, 14, 14))
+    )
+    rule, indices = Rule(Dialect.ROI_ALIGN, (14, 14), X1_Y1_X2_Y2, 1.0, 0, True), np.zeros(100, np.int64)
+    job = numpy_backend._job(features, boxes, indices, rule, ())
+    np.testing.assert_array_equal(numpy_sparse.suited(job, forced=True), side[:, 0] == 9)
+    sparse, dense = sparse_and_dense(lambda: numpy_backend.feature_gradient(grad, features, boxes, indices, rule))
+    tolerance.assert_close(sparse, dense, tolerance.GRADIENT["float32"])
+    whole = np.arange(100)[side[:, 0] == 9]
+    total = np.zeros_like(features)
+    assert peak(lambda: numpy_sparse.feature_gradient(job, whole, grad, total, set()) or total[:0]) < grad.nbytes / 4
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
