@@ -25,6 +25,15 @@ def tests(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "-q", *session.posargs)
 
 
+@nox.session(python="3.10")
+def oldest(session: nox.Session) -> None:
+    """What the CPU computes, with the oldest NumPy and SciPy that setup.cfg allows."""
+    session.install("numpy==1.23.0", "scipy==1.8.0", "pytest", "hypothesis", "ml_dtypes", "pillow")
+    session.install("--no-deps", "-e", ".")
+    names = ("geometry", "golden", "oracle", "gradients", "directions", "ways", "cost", "threads", "errors")
+    session.run("python", "-m", "pytest", "-q", *(session.posargs or [f"tests/test_{name}.py" for name in names]))
+
+
 @nox.session
 def check(session: nox.Session) -> None:
     install(session, "test")

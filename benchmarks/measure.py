@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import random
 import statistics
 import time
 from pathlib import Path
@@ -52,12 +53,16 @@ def _seconds(side, step, calls):
 
 
 def take_turns(sides, step, runs, tick=lambda: None):
-    """{name: milliseconds, [median, least, most]}, after a round that is not counted."""
+    """{name: milliseconds, [median, least, most]}, after a round that is not counted.
+
+    In another order each round: who comes after a side that used much memory finds caches and pages as that left them.
+    """
     calls = {side.name: max(1, math.ceil(TURN / _seconds(side, step, 1))) for side in sides}
     tick()
     times = {side.name: [] for side in sides}
+    order = random.Random(0)
     for _ in range(runs):
-        for side in sides:
+        for side in order.sample(sides, len(sides)):
             times[side.name].append(1e3 * _seconds(side, step, calls[side.name]))
         tick()
     return {name: spread(t) for name, t in times.items()}

@@ -51,6 +51,7 @@ def ways(p):
     plain = tuple(map(torch.from_numpy, arrays))
     wanting = (plain[0].clone().requires_grad_(), plain[1])
     request = operators._roi_align(*plain, *options, None)[1]
+    recorded = request._replace(features=wanting[0])
     taken = operators._roi_align(*arrays, *options, None)[1]
     like = autograd.like_of(plain[0])
     output = cr.roi_align(*wanting, *options)
@@ -66,7 +67,7 @@ def ways(p):
             "checks of tensors": lambda: operators._roi_align(*plain, *options, None),
             "the work, on NumPy arrays": lambda: numpy_backend.forward(*taken),
             "the work, on tensors": lambda: tensors.forward(*request),
-            "the work, in an autograd Function": lambda: autograd.EAGER.crops(*request, ()),
+            "the work, in an autograd Function": lambda: autograd.EAGER.crops(*recorded, ()),
             "the work, in an operator of torch.library": lambda: ops.FAMILY.crops(*request, ()),
         },
         "backward": {
