@@ -434,9 +434,10 @@ class _Plan(NamedTuple):
     def _chunk(self, chosen: np.ndarray, weights: list[AxisWeights]) -> _Chunk:
         channels, itemsize, count = self.job.shape[1], self.job.dtype.itemsize, len(chosen)
         images, numbers = self.job.batch_indices[chosen].tolist(), chosen.tolist()
-        flats = self._flats(chosen, weights)
-        matrices = {direction: _matrices(weights, some) for direction, some in flats.items()}
         taken = geometry.terms(len(self.job.directions))
+        directions = {direction for term in taken for direction in term}
+        flats = {direction: self._flats(chosen, weights, direction) for direction in directions}
+        matrices = {direction: _matrices(weights, some) for direction, some in flats.items()}
         terms = [(matrices[y][0], matrices[x][1]) for y, x in taken]
         lines = [line for each in weights for line in each.lines]  # along y, then along x
         pairs = list(zip(lines[:count], lines[count:], strict=True))
@@ -469,16 +470,15 @@ class _Plan(NamedTuple):
         empty = [] if len(active) == count else chosen[sorted(set(range(count)).difference(active))].tolist()
         return _Chunk(chosen, weights, [flats[y][0] for y, _ in taken], pieces, empty)
 
-    def _flats(self, chosen: np.ndarray, weights: list[AxisWeights]) -> dict[int | None, list[np.ndarray]]:
-        """The weights, None, and how they change with each direction that a term takes."""
-        flats: dict[int | None, list[np.ndarray]] = {None: [each.flat for each in weights]}
-        for direction in range(len(self.job.directions)):
-            changes = self.job.changes(direction, chosen)
-            flats[direction] = [
-                each.scatter(*each.taps.changes(*(change[along] for change in changes)))
-                for along, each in zip(_along(weights), weights, strict=True)
-            ]
-        return flats
+    def _flats(self, chosen: np.ndarray, weights: list[AxisWeights], direction: int | None) -> list[np.ndarray]:
+        """The weights or, with a direction, how they change along it."""
+        if direction is None:
+            return [each.flat for each in weights]
+        changes = self.job.changes(direction, chosen)
+        return [
+            each.scatter(*each.taps.changes(*(change[along] for change in changes)))
+            for along, each in zip(_along(weights), weights, strict=True)
+        ]
 
 
 def _along(weights: list[AxisWeights]) -> list[slice]:

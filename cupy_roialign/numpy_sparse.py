@@ -58,7 +58,7 @@ def suited(job: Job, forced: bool) -> np.ndarray | None:
 
     if not forced and count * dense_ns(math.prod(job.shape[2:])) < BESIDES_NS:
         return None  # which is known without a look at the boxes
-    along, size = (np.array(each)[:, None] for each in (job.rule.bins, job.shape[2:]))
+    along, size = geometry.column(job.axes.bins), geometry.column(job.axes.sizes)
     pitch = np.abs(job.axes.bin)
     between = pitch * (1 - 1 / np.maximum(job.axes.samples, 1))  # the first and the last sample of a bin
     entries = np.fmin(2 * job.samples, along * (between + 2)).prod(axis=0)
@@ -445,7 +445,7 @@ def _changes(rows: np.ndarray) -> np.ndarray:
 
 def _tiles(axes: geometry.Axes) -> np.ndarray:
     """(2, K) the part of the image, along each axis, that a box has its centre in."""
-    bins, size = (np.array(each)[:, None] for each in (axes.bins, axes.sizes))
+    bins, size = geometry.column(axes.bins), geometry.column(axes.sizes)
     tiles = np.maximum(1, size // TILE)
     middle = axes.start.astype(np.float64) + axes.bin * (bins / 2)
     return np.clip(np.nan_to_num(middle * (tiles / size)), 0, tiles - 1).astype(np.int64)

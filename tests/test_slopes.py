@@ -65,18 +65,20 @@ def test_lines_and_bands_agree(rule, channels, dtype, order, gradient_order, odd
     tolerance.assert_close(bands / scale, lines / scale, tolerance.GRADIENT[gradient_dtype])
 
 
-def test_many_channels_go_by_bands(monkeypatch):
+@pytest.mark.parametrize(("too_few", "bins", "expected"), [(1, 3, 0), (0, 3, 2), (0, 60, 0)])
+def test_many_channels_go_by_bands(too_few, bins, expected, monkeypatch):
+    """But not where there are far more bins than pixels."""
     calls = []
     original = numpy_slopes.add
     monkeypatch.setattr(numpy_slopes, "add", lambda *arguments: calls.append(1) or original(*arguments))
     rng = np.random.default_rng(0)
-    rule = Rule(Dialect.ROI_ALIGN, (3, 3), X1_Y1_X2_Y2, 1.0, 2, True)
-    for channels, expected in ((numpy_dense.MANY_CHANNELS - 1, 0), (numpy_dense.MANY_CHANNELS, 2)):
-        features = rng.standard_normal((1, channels, 20, 20), dtype=np.float32)
-        boxes = np.array([[1, 1, 9, 9], [2, 5, 12, 19]], np.float32)
-        grad = rng.standard_normal((2, channels, 3, 3), dtype=np.float32)
-        numpy_backend.box_gradient(grad, features, boxes, np.zeros(2, np.int64), rule)
-        assert len(calls) == expected
+    rule = Rule(Dialect.ROI_ALIGN, (bins, bins), X1_Y1_X2_Y2, 1.0, 2, True)
+    channels = numpy_dense.MANY_CHANNELS - too_few
+    features = rng.standard_normal((1, channels, 20, 20), dtype=np.float32)
+    boxes = np.array([[1, 1, 9, 9], [2, 5, 12, 19]], np.float32)
+    grad = rng.standard_normal((2, channels, bins, bins), dtype=np.float32)
+    numpy_backend.box_gradient(grad, features, boxes, np.zeros(2, np.int64), rule)
+    assert len(calls) == expected
 
 
 def test_channels_that_go_by_bands_and_others_that_go_by_lines_add_up(monkeypatch):
