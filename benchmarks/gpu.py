@@ -1,6 +1,6 @@
 """Times the workloads on a GPU, beside torchvision where torch has the GPU too.
 
-    python -m benchmarks.gpu [W1 W2 ...] [--out FOLDER]
+    python -m benchmarks.gpu [W1 crowd ...] [--out FOLDER]
 
 Kernels are timed by CUDA events around one call, the median of the runs; before each, a buffer larger than the L2
 cache is written, so that nothing is there from the run before. A floor is the bytes that must move (features and
@@ -23,11 +23,17 @@ import numpy as np
 import cupy_roialign as cr
 from benchmarks import workloads
 from benchmarks.measure import difference, spread
-from cupy_roialign import cupy_backend
+from cupy_roialign import cupy_backend, kernels
 from cupy_roialign.geometry import Dialect, Rule
 
 FLUSH = 512 * 2**20  # bytes, several times any L2
 DTYPES = ("float32", "float16")
+SPECS = {
+    **workloads.SPECS,
+    # a corner of the image where all boxes lie, and so many boxes that to look through them takes a while
+    "crowd": {**workloads.SPECS["W1"], "title": "5,000 boxes in one corner", "K": 5000, "image": (230, 230)},
+    "many": {**workloads.SPECS["W1"], "title": "100,000 boxes", "K": 100_000, "shape": (1, 16, 200, 272)},
+}
 SIDES = ("torchvision", "through torch", "NCHW", "channels-last")
 
 try:
@@ -158,10 +164,18 @@ def compile_seconds():
         seconds = []
         for _ in range(2):
             done = subprocess.run(
-                [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+                [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True, check=True
             )
             seconds.append([float(word) for word in done.stdout.split()])
     return dict(zip(("cold: forward, both gradients", "warm: forward, both gradients"), seconds, strict=True))
+
+
+def resources():
+    """What a thread and a block of each kernel take, for the types of most calls."""
+    types = kernels.Types("float32", "float32", "float32", "float32", False, False)
+    names = {"registers": "num_regs", "bytes of local memory": "local_size_bytes", "of shared": "shared_size_bytes"}
+    made = {name: kernels.kernel(name, types) for name in kernels.KERNELS}
+    return {name: {what: getattr(kernel, of) for what, of in names.items()} for name, kernel in made.items()}
 
 
 def versions():
@@ -190,16 +204,19 @@ def measure(names, runs, flush_bytes, shrink):
         "L2 before each run": f"{flush_bytes >> 20} MiB written",
         "copy, bytes a second": bandwidth,
         "ms: median, least, most": {},
+        "bytes that must move": {},
         "floor, ms": {},
+        "share of the floor": {},
         "largest difference from torchvision": {},
         "peak bytes": {},
     }
     for name in names:
-        p = shrink(workloads.make(name))
+        p = shrink(workloads.draw(SPECS[name]))
         for dtype in DTYPES:
             case = f"{name} {dtype}"
             size = (p["input"].size + p["cotangent"].size) * np.dtype(dtype).itemsize
-            report["floor, ms"][case] = size / bandwidth * 1e3
+            report["bytes that must move"][case] = size
+            floor = report["floor, ms"][case] = size / bandwidth * 1e3
             sides = sides_of(p, dtype)
             times = report["ms: median, least, most"][case] = {}
             for side, steps in sides.items():
@@ -209,12 +226,16 @@ def measure(names, runs, flush_bytes, shrink):
                     if dtype == "float32" and step in sides.get("torchvision", {}):
                         far = off(function(), sides["torchvision"][step]())
                         report["largest difference from torchvision"][f"{case} {step} {side}"] = far
+            report["share of the floor"][case] = {
+                step: {side: floor / median for side, (median, _, _) in times[step].items()}
+                for step in ("forward", "feature gradient")
+            }
             if HAS_TORCH and dtype == "float32":
                 report["peak bytes"][case] = {
                     side: {step: peak_bytes(function) for step, function in sides[side].items()}
                     for side in ("torchvision", "through torch")
                 }
-            print(lines(case, times, report["floor, ms"][case]), flush=True)
+            print(lines(case, times, floor), flush=True)
     return report
 
 
@@ -266,7 +287,7 @@ def picture(report, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=["W1", "W2", "W3", "W4"], help="workloads")
+    parser.add_argument("names", nargs="*", default=["W1", "W2", "W3", "W4", "crowd", "many"], help="workloads")
     parser.add_argument("--runs", type=int, default=50, help="runs of each kernel")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for gpu.json and gpu.png")
     parser.add_argument("--rehearse", action="store_true", help="tiny inputs and few runs, to try this script itself")
@@ -288,6 +309,8 @@ def main():
         print(f"W5, a call of forward, {side}: {times[0]:.1f} us")
     report["the same bits in 100 runs"] = reproducible(shrink(workloads.make("W1")), 2 if options.rehearse else 100)
     print(f"the same bits in 100 runs of the feature gradient: {report['the same bits in 100 runs']}")
+    report["kernels"] = resources()
+    print(f"kernels: {report['kernels']}")
     if not options.rehearse:
         report["first call of a process, s"] = compile_seconds()
         print(f"first call of a process, s: {report['first call of a process, s']}")

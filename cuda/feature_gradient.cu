@@ -1,190 +1,230 @@
-// The gradient to the features, after `reach`. A block owns a tile of pixels of one image, for some channels: it looks through the
-// boxes for those that touch the tile, adds what each gives, in the boxes' order, and writes each element once.
-// So the result is the same, to the bit, each time, and neither atomics nor zeroed memory are needed.
+// The gradient to the features. A block owns a tile of pixels of one image, for some channels: it looks through the boxes
+// for those that touch the tile, adds what each gives, in the boxes' order, and writes each element once. So the result
+// is the same, to the bit, each time, and neither atomics nor zeroed memory are needed.
 
-const int THREADS = 256;
-const int OUTPUTS = 8;   // of a thread
-const int PIXELS = 8;    // a side of the tile
-const int BINS = 32;     // of an axis that are worked on together
+const int BINS = MOST_TILE;               // of an axis in a piece
+const int PIECES = THREADS / (2 * BINS);  // worked on together, one thread for each bin, or each pixel, of their two axes
 
-// Weights of some bins on the tile's pixels along one axis, and which bins touch each of these.
+// What a first kernel works out for each box, for all tiles: the pixels that it may touch, a few more on each side, and
+// its axes. Every tile looks at all boxes, most of which are elsewhere.
+struct Reach {
+    long long image;  // -1: a broken box, or one without samples
+    int first[2], last[2];
+};
+
+DEVICE Reach* reaches_of(const Arguments& a) { return (Reach*)a.workspace; }
+DEVICE Axis* axes_of(const Arguments& a, long long k) { return (Axis*)(reaches_of(a) + a.count) + 2 * k; }
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) resolve_boxes(const Arguments a) {
+    const long long k = (a.first_block + blockIdx.x) * THREADS + threadIdx.x;
+    if (k >= a.count) return;
+    Reach found = {-1, {0, 0}, {0, 0}};
+    Real edges[4];
+    const long long image = open_box(a, k, edges);
+    if (image >= 0) {
+        found.image = image;
+        for (int i = 0; i < 2; ++i) {
+            const Axis axis = resolve(a.rule, edges[i], edges[i + 2], i, a.size[i]);
+            const double u = widen(origin_of(axis, 0)), v = widen(origin_of(axis, a.rule.bins[i]));
+            const double slack = 1 + 1e-5 * (fabs(u) + fabs(v)), size = a.size[i];
+            const double low = (u < v ? u : v) - slack, high = (u < v ? v : u) + slack;
+            // so written that NaN reaches everywhere
+            found.first[i] = low >= -2 ? (low <= size + 1 ? (int)floor(low) : a.size[i] + 1) : -2;
+            found.last[i] = high <= size + 1 ? (high >= -2 ? (int)ceil(high) : -2) : a.size[i] + 1;
+            if (axis.samples == 0) found.image = -1;
+            axes_of(a, k)[i] = axis;
+        }
+    }
+    reaches_of(a)[k] = found;
+}
+
+// The positions whose taps may touch a tile's pixels. Clamping brings samples from around the image to its border.
 struct Band {
-    Compute weight[BINS][PIXELS];
-    int first[PIXELS], stop[PIXELS];
+    int least, most;
 
-    // One thread a bin: its samples that touch the tile.
-    __device__ void fill(const Rule& rule, const Axis& axis, const Change& change, int bin, int place, int size, int start) {
-        for (int i = 0; i < PIXELS; ++i) weight[place][i] = 0;
-        const Real origin = origin_of(axis, bin);
-        const Compute share = (Compute)1 / (Compute)axis.samples;
-        long long i, stop_sample;
-        // Clamping brings samples from the band around the image to its border.
-        candidates(axis, origin, start == 0 ? -1 : start - 1, start + PIXELS >= size ? size : start + PIXELS, i, stop_sample);
-        for (; i < stop_sample; ++i) {
-            const Taps taps = taps_of(rule, position_of(rule, axis, origin, i), size);
+    __device__ Band(const Task& task, int axis, int size) {
+        const int start = task.first[axis], stop = start + task.extent[axis];
+        least = start - 1;
+        most = stop < size ? stop : size;
+    }
+};
+
+// The bins of an axis that may have samples in a band. Errs on the side of more.
+struct Range {
+    int from, to;
+
+    __device__ Range(const Axis& axis, int bins, const Band& band) {
+        const Real u = ((Real)band.least - axis.start) / axis.bin, v = ((Real)band.most - axis.start) / axis.bin;
+        const Real rounding = sizeof(Real) == 4 ? (Real)4e-6 : (Real)1e-14;
+        const Real slack = 2 + rounding * (fabs(u) + fabs(v) + fabs(axis.start / axis.bin));
+        const Real low = (u < v ? u : v) - slack, high = (u < v ? v : u) + slack;
+        // so written that NaN takes in all of them
+        from = low > 0 ? (low < bins ? (int)low : bins) : 0;
+        to = high < bins ? (high > 0 ? (int)high + 1 : 0) : bins;
+    }
+
+    __device__ int parts() const { return (to - from + BINS - 1) / BINS; }
+};
+
+// Up to BINS x BINS bins of a box, in one term of a derivative.
+struct Part {
+    long long box;
+    int term, first[2], bins[2];
+
+    // One of all parts of a box; the number of all is that of `parts_of`.
+    __device__ Part(const Arguments& a, const Band* bands, long long k, long long number) {
+        box = k;
+        for (int axis = 1; axis >= 0; --axis) {
+            const Range range(axes_of(a, k)[axis], a.rule.bins[axis], bands[axis]);
+            first[axis] = range.from + (int)(number % range.parts()) * BINS;
+            bins[axis] = min(BINS, range.to - first[axis]);
+            number /= range.parts();
+        }
+        term = (int)number;
+    }
+};
+
+DEVICE long long parts_of(const Arguments& a, const Band* bands, long long k) {
+    long long count = term_count(a);
+    for (int axis = 0; axis < 2; ++axis) count *= Range(axes_of(a, k)[axis], a.rule.bins[axis], bands[axis]).parts();
+    return count;
+}
+
+// A part's weights on the tile's pixels, along each axis.
+struct Piece {
+    long long box;
+    int first[2], bins[2];
+    Compute weight[2][BINS][MOST_TILE + 1];    // one more, so that bins lie in different banks
+    int from[2][MOST_TILE], to[2][MOST_TILE];  // the bins that touch each pixel
+
+    // One thread a bin.
+    __device__ void fill(const Arguments& a, const Task& task, const Band& band, const Part& part, int axis, int bin) {
+        if (axis == 0 && bin == 0) {
+            box = part.box;
+            for (int i = 0; i < 2; ++i) first[i] = part.first[i], bins[i] = part.bins[i];
+        }
+        if (bin >= part.bins[axis]) return;
+        Compute* weights = weight[axis][bin];
+        for (int i = 0; i < task.extent[axis]; ++i) weights[i] = 0;
+        const int number = part.first[axis] + bin, start = task.first[axis], size = a.size[axis];
+        const Axis along = axes_of(a, part.box)[axis];
+        const Change change = change_of(a, part.box, part.term, axis);
+        const Real origin = origin_of(along, number);
+        const Compute share = (Compute)1 / (Compute)along.samples;
+        long long i, stop;
+        candidates(along, origin, band.least, band.most, i, stop);
+        for (; i < stop; ++i) {
+            const Taps taps = taps_of(a.rule, position_of(a.rule, along, origin, i), size);
             if (!taps.inside) continue;
             const int low = taps.low - start, high = taps.high - start;
             const Compute fraction = (Compute)taps.fraction;
             Compute at_low = (1 - fraction) * share, at_high = fraction * share;
             if (change.wanted) {
-                at_high = low == high ? (Compute)0 : (change.start + lever_of(rule, bin, i, share) * change.bin) * share;
+                at_high = low == high ? (Compute)0 : (change.start + lever_of(a.rule, number, i, share) * change.bin) * share;
                 at_low = -at_high;
             }
-            if (low >= 0 && low < PIXELS) weight[place][low] += at_low;
-            if (high >= 0 && high < PIXELS) weight[place][high] += at_high;
+            if (low >= 0 && low < task.extent[axis]) weights[low] += at_low;
+            if (high >= 0 && high < task.extent[axis]) weights[high] += at_high;
         }
     }
 
-    // One thread a pixel, after all bins are filled. Returns whether any bin touches it.
-    __device__ bool range(int pixel, int bins) {
-        int from = bins, to = 0;
-        for (int p = 0; p < bins; ++p)
-            if (weight[p][pixel] != 0) {
-                if (from == bins) from = p;
-                to = p + 1;
+    // One thread a pixel, after all bins are filled.
+    __device__ void find(int axis, int pixel) {
+        int first_bin = 0, end = 0;
+        for (int p = 0; p < bins[axis]; ++p)
+            if (weight[axis][p][pixel] != 0) {
+                if (end == 0) first_bin = p;
+                end = p + 1;
             }
-        first[pixel] = from;
-        stop[pixel] = to;
-        return from < to;
+        from[axis][pixel] = first_bin;
+        to[axis][pixel] = end;
     }
 };
 
-// Whether bins [from, to) may have a sample that touches pixels [start, start + PIXELS). Errs on the side of yes.
-DEVICE bool near(const Axis& axis, int from, int to, int size, int start) {
-    if (axis.samples == 0) return false;
-    const double a = widen(origin_of(axis, from)), b = widen(origin_of(axis, to));
-    const double low = a < b ? a : b, high = a < b ? b : a;
-    const double slack = 1 + 1e-5 * (fabs(a) + fabs(b));
-    const double least = start == 0 ? -1 : start - 1, most = start + PIXELS >= size ? size : start + PIXELS;
-    return !(high + slack < least || low - slack > most);  // so written that NaN is near
-}
-
-// The pixels that a box may touch, a few more on each side. Every tile looks at all boxes, and would spend most of its
-// time on resolving those that are elsewhere.
-struct Reach {
-    long long image;  // -1: a broken box
-    int first[2], last[2];
-};
-
-// Whether a box may touch pixels [start, start + PIXELS). Clamping brings samples from around the image to its border.
-DEVICE bool meets(const Reach& reach, int axis, int size, int start) {
-    const int least = start == 0 ? -1 : start - 1, most = start + PIXELS >= size ? size : start + PIXELS;
-    return reach.last[axis] >= least && reach.first[axis] <= most;
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) reach(const Arguments a) {
-    const long long k = (a.first_block + blockIdx.x) * THREADS + threadIdx.x;
-    if (k >= a.count) return;
-    Reach found = {-1, {0, 0}, {0, 0}};
-    Axis axes[2];
-    long long image;
-    if (open_box(a, k, image, axes) && axes[0].samples > 0 && axes[1].samples > 0) {
-        found.image = image;
-        for (int axis = 0; axis < 2; ++axis) {
-            const double u = widen(origin_of(axes[axis], 0)), v = widen(origin_of(axes[axis], a.rule.bins[axis]));
-            const double slack = 1 + 1e-5 * (fabs(u) + fabs(v)), size = a.size[axis];
-            const double low = (u < v ? u : v) - slack, high = (u < v ? v : u) + slack;
-            // so written that NaN reaches everywhere
-            found.first[axis] = low >= -2 ? (low <= size + 1 ? (int)floor(low) : a.size[axis] + 1) : -2;
-            found.last[axis] = high <= size + 1 ? (high >= -2 ? (int)ceil(high) : -2) : a.size[axis] + 1;
+// Adds what a piece's bins give to one of the tile's spots.
+template <typename Whole>
+DEVICE void add_piece(Whole whole, const Arguments& a, const Piece& piece, const Spot& spot, Compute* total) {
+    const Offset strides[] = {(Offset)a.output_strides[0], (Offset)a.output_strides[1], (Offset)a.output_strides[2],
+                              (Offset)a.output_strides[3]};
+    const Offset crop = (Offset)piece.box * strides[0] + (Offset)spot.channel * strides[1] +
+                        (Offset)piece.first[0] * strides[2] + (Offset)piece.first[1] * strides[3];
+    const int from = piece.from[1][spot.x], to = piece.to[1][spot.x];
+    if (from == to) return;
+    for (int i = piece.from[0][spot.y]; i < piece.to[0][spot.y]; ++i) {
+        const Compute along_y = piece.weight[0][i][spot.y];
+        if (along_y == 0) continue;  // 0 times NaN is not 0
+        Compute sum[LANES] = {};
+        UNROLL_READS for (int j = from; j < to; ++j) {
+            const Compute along_x = piece.weight[1][j][spot.x];
+            Compute grads[LANES];
+            read_lanes<Grad>(whole, a.grad_output, crop + (Offset)i * strides[2] + (Offset)j * strides[3], strides[1],
+                             spot.lanes, grads);
+            if (along_x != 0)
+                UNROLL for (int l = 0; l < LANES; ++l) sum[l] += along_x * grads[l];
         }
+        UNROLL for (int l = 0; l < LANES; ++l) total[l] += along_y * sum[l];
     }
-    ((Reach*)a.result)[k] = found;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) feature_gradient(const Arguments a) {
-    __shared__ Band along_y, along_x;
-    __shared__ int found[THREADS];
-    __shared__ int counts[THREADS / 32];
-    __shared__ bool touching[THREADS];
-    const Task task = task_of(a, (a.size[0] + PIXELS - 1) / PIXELS, (a.size[1] + PIXELS - 1) / PIXELS);
-    const long long n = task.item;
-    const int thread = threadIdx.x, first_channel = task.first_channel;
-    const int start[2] = {task.tile_y * PIXELS, task.tile_x * PIXELS};
-    const int channels = min(a.channels_at_once, a.channels - first_channel);
-    const int rows = min(PIXELS, a.size[0] - start[0]), columns = min(PIXELS, a.size[1] - start[1]);
-    const int outputs = channels * rows * columns;
-    Compute total[OUTPUTS];
-    for (int m = 0; m < OUTPUTS; ++m) total[m] = 0;
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) feature_gradient(const Arguments a) {
+    __shared__ Piece pieces[PIECES];
+    __shared__ long long ends[2][THREADS];  // of each box's parts, among those of THREADS boxes
+    const Task task(a, a.size);
+    const Band bands[2] = {Band(task, 0, a.size[0]), Band(task, 1, a.size[1])};
+    const int thread = threadIdx.x, own = thread / (2 * BINS), axis = thread / BINS % 2, bin = thread % BINS;
+    Compute total[SPOTS][LANES];
+    UNROLL for (int m = 0; m < SPOTS; ++m)
+        UNROLL for (int l = 0; l < LANES; ++l) total[m][l] = 0;
 
     for (long long base = 0; base < a.count; base += THREADS) {
-        // Which of the next boxes touch the tile, in their order.
-        bool touches = false;
+        // Which of the next boxes touch the tile, and in how many parts.
+        long long count = 0;
         if (base + thread < a.count) {
-            const Reach found = ((const Reach*)a.workspace)[base + thread];
-            touches = found.image == n && meets(found, 0, a.size[0], start[0]) && meets(found, 1, a.size[1], start[1]);
+            const Reach reach = reaches_of(a)[base + thread];
+            if (reach.image == task.item && reach.last[0] >= bands[0].least && reach.first[0] <= bands[0].most &&
+                reach.last[1] >= bands[1].least && reach.first[1] <= bands[1].most)
+                count = parts_of(a, bands, base + thread);
         }
-        touching[thread] = touches;
-        if (!__syncthreads_or(touches)) continue;
-        if (thread < THREADS / 32) {
-            int count = 0;
-            for (int i = 0; i < 32; ++i) count += touching[thread * 32 + i];
-            counts[thread] = count;
-        }
-        __syncthreads();
-        int boxes = 0;
-        for (int i = 0; i < THREADS / 32; ++i) {
-            if (i == thread) {
-                int place = boxes;
-                for (int j = 0; j < 32; ++j)
-                    if (touching[thread * 32 + j]) found[place++] = thread * 32 + j;
-            }
-            boxes += counts[i];
+        if (!__syncthreads_or(count > 0)) continue;
+        int now = 0;
+        ends[0][thread] = count;
+        for (int step = 1; step < THREADS; step *= 2) {
+            __syncthreads();
+            ends[1 - now][thread] = ends[now][thread] + (thread >= step ? ends[now][thread - step] : 0);
+            now = 1 - now;
         }
         __syncthreads();
+        const long long all = ends[now][THREADS - 1];
 
-        for (int f = 0; f < boxes; ++f) {
-            const long long k = base + found[f];
-            long long image;
-            Axis axes[2];
-            open_box(a, k, image, axes);
-            for (int term = 0; term < term_count(a); ++term) {
-                const Change change_y = change_of(a, k, axes, term, 0), change_x = change_of(a, k, axes, term, 1);
-                for (int p = 0; p < a.rule.bins[0]; p += BINS) {
-                    const int bins_y = min(BINS, a.rule.bins[0] - p);
-                    if (!near(axes[0], p, p + bins_y, a.size[0], start[0])) continue;
-                    if (thread < bins_y) along_y.fill(a.rule, axes[0], change_y, p + thread, thread, a.size[0], start[0]);
-                    __syncthreads();
-                    if (!__syncthreads_or(thread < PIXELS && along_y.range(thread, bins_y))) continue;
-                    for (int q = 0; q < a.rule.bins[1]; q += BINS) {
-                        const int bins_x = min(BINS, a.rule.bins[1] - q);
-                        if (!near(axes[1], q, q + bins_x, a.size[1], start[1])) continue;
-                        if (thread < bins_x) along_x.fill(a.rule, axes[1], change_x, q + thread, thread, a.size[1], start[1]);
-                        __syncthreads();
-                        if (__syncthreads_or(thread < PIXELS && along_x.range(thread, bins_x))) {
-                            for (int m = 0; m < OUTPUTS; ++m) {
-                                const int place = thread + m * THREADS;
-                                if (place >= outputs) break;
-                                int c, y, x;
-                                split(place, channels, rows, columns, c, y, x);
-                                const Offset crop = (Offset)k * (Offset)a.output_strides[0] + (Offset)(first_channel + c) * (Offset)a.output_strides[1];
-                                for (int i = along_y.first[y]; i < along_y.stop[y]; ++i) {
-                                    const Compute weight = along_y.weight[i][y];
-                                    if (weight == 0) continue;  // 0 times NaN is not 0
-                                    const Offset row = crop + (Offset)(p + i) * (Offset)a.output_strides[2];
-                                    Compute sum = 0;
-                                    for (int j = along_x.first[x]; j < along_x.stop[x]; ++j)
-                                        if (along_x.weight[j][x] != 0)
-                                            sum += along_x.weight[j][x] * get_grad(a.grad_output, row + (Offset)(q + j) * (Offset)a.output_strides[3]);
-                                    total[m] += weight * sum;
-                                }
-                            }
-                        }
-                        __syncthreads();
-                    }
-                }
+        for (long long done = 0; done < all; done += PIECES) {
+            const int count_now = (int)min((long long)PIECES, all - done);
+            if (own < count_now) {
+                int before = 0;  // boxes whose parts end before this one
+                for (int half = THREADS / 2; half > 0; half /= 2)
+                    if (ends[now][before + half - 1] <= done + own) before += half;
+                const long long number = done + own - (before > 0 ? ends[now][before - 1] : 0);
+                pieces[own].fill(a, task, bands[axis], Part(a, bands, base + before, number), axis, bin);
             }
             __syncthreads();
+            if (own < count_now && bin < task.extent[axis]) pieces[own].find(axis, bin);
+            __syncthreads();
+            UNROLL for (int m = 0; m < SPOTS; ++m) {
+                const Spot spot(task, thread + m * THREADS);
+                if (spot.lanes == 0) continue;
+                by_lanes(spot.lanes, a.packed_crops, [&](auto whole) {
+                    for (int n = 0; n < count_now; ++n) add_piece(whole, a, pieces[n], spot, total[m]);
+                });
+            }
+            __syncthreads();  // before the pieces are others
         }
     }
-    for (int m = 0; m < OUTPUTS; ++m) {
-        const int place = thread + m * THREADS;
-        if (place >= outputs) break;
-        int c, y, x;
-        split(place, channels, rows, columns, c, y, x);
-        put(a.result,
-            (Offset)n * (Offset)a.feature_strides[0] + (Offset)(first_channel + c) * (Offset)a.feature_strides[1] +
-                (Offset)(start[0] + y) * (Offset)a.feature_strides[2] + (Offset)(start[1] + x) * (Offset)a.feature_strides[3],
-            total[m]);
+    UNROLL for (int m = 0; m < SPOTS; ++m) {
+        const Spot spot(task, thread + m * THREADS);
+        if (spot.lanes == 0) continue;
+        write_lanes(a.result,
+            (Offset)task.item * (Offset)a.feature_strides[0] + (Offset)spot.channel * (Offset)a.feature_strides[1] +
+                (Offset)(task.first[0] + spot.y) * (Offset)a.feature_strides[2] +
+                (Offset)(task.first[1] + spot.x) * (Offset)a.feature_strides[3],
+            (Offset)a.feature_strides[1], spot.lanes, a.packed_features, total[m]);
     }
 }

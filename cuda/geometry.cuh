@@ -1,7 +1,5 @@
 // geometry.py's twin: from a box to sample positions and taps, with the same operations in the same order. The names
 // are the same; what is said there is not said again. `Real` is the precision of positions.
-//
-// Comparisons are made in double, to which float goes exactly: the compiler's own float comparisons flush subnormals.
 
 enum { CROP_AND_RESIZE, ROI_CROP_CENTERS, ROI_CROP_CORNERS, ROI_ALIGN };
 
@@ -15,7 +13,10 @@ struct Rule {
 struct Axis {
     Real start, bin;
     long long samples;
-    double start_slope[2], bin_slope;  // d start / d (low, high); d bin / d high, and its negative for low
+};
+
+struct EdgeSlopes {
+    double start[2], bin;  // d start / d (low, high); d bin / d high, and its negative for low
 };
 
 struct Taps {
@@ -24,47 +25,40 @@ struct Taps {
     Real fraction;
 };
 
-DEVICE bool is_finite(Real v) {
-    double d = widen(v);
-    return d - d == 0;
-}
+DEVICE bool is_finite(Real v) { return v - v == 0; }
 
 DEVICE bool finite_box(const Real* edges) {
     return is_finite(edges[0]) && is_finite(edges[1]) && is_finite(edges[2]) && is_finite(edges[3]);
 }
 
+// Where a box of ROI_ALIGN begins, and how far it reaches before it is widened.
+DEVICE void extent_of(const Rule& rule, Real low, Real high, Real& start, Real& extent) {
+    const Real scale = narrow(rule.spatial_scale, Real()), offset = rule.aligned ? (Real)0.5 : (Real)0;
+    start = sub(mul(low, scale), offset);
+    extent = sub(sub(mul(high, scale), offset), start);
+}
+
 DEVICE Axis resolve(const Rule& rule, Real low, Real high, int axis, int size) {
     Axis result;
     const int bins = rule.bins[axis];
-    Real last = (Real)(size - 1);
-    result.samples = 1;
-    result.start_slope[1] = 0;
     if (rule.dialect == ROI_ALIGN) {
-        const Real scale = narrow(rule.spatial_scale, Real());
-        const Real offset = rule.aligned ? (Real)0.5 : (Real)0;
-        result.start = sub(mul(low, scale), offset);
-        Real extent = sub(sub(mul(high, scale), offset), result.start);
-        bool grows = true;
-        if (!rule.aligned) {
-            grows = widen(extent) >= 1;
-            if (widen(extent) < 1) extent = (Real)1;
-        }
+        Real extent;
+        extent_of(rule, low, high, result.start, extent);
+        if (!rule.aligned && less(extent, (Real)1)) extent = (Real)1;
         result.bin = div(extent, (Real)bins);
         if (rule.sampling_ratio > 0) {
             result.samples = rule.sampling_ratio;
         } else {
-            const double most = sizeof(Real) == 4 ? 8388608.0 : 4503599627370496.0;
-            double wanted = widen(round_up(result.bin));
-            if (wanted > most) wanted = most;
-            result.samples = wanted > 0 ? (long long)wanted : 0;
+            const Real most = sizeof(Real) == 4 ? (Real)8388608.0 : (Real)4503599627370496.0;
+            Real wanted = round_up(result.bin);
+            if (less(most, wanted)) wanted = most;
+            result.samples = less((Real)0, wanted) ? (long long)wanted : 0;
         }
-        result.start_slope[0] = widen(scale);
-        result.bin_slope = grows ? widen(scale) / bins : 0;
         return result;
     }
-    double unit = widen(last);
+    result.samples = 1;
+    Real last = (Real)(size - 1);
     if (rule.dialect != CROP_AND_RESIZE) {
-        unit = 1;
         if (size == 1) last = (Real)1;
         if (rule.dialect == ROI_CROP_CENTERS) {
             const Real spacing = div(sub(high, low), (Real)bins);
@@ -82,29 +76,35 @@ DEVICE Axis resolve(const Rule& rule, Real low, Real high, int axis, int size) {
         result.start = mul(mul((Real)0.5, add(low, high)), last);
         result.bin = (Real)0;
     }
-    if (rule.dialect == ROI_CROP_CENTERS) {
-        result.start_slope[1] = 0.5 / bins;
-        result.start_slope[0] = 1 - result.start_slope[1];
-        result.bin_slope = 1.0 / bins;
-    } else if (bins > 1) {
-        result.start_slope[0] = unit;
-        result.bin_slope = unit / (bins - 1);
-    } else {
-        result.start_slope[0] = result.start_slope[1] = 0.5 * unit;
-        result.bin_slope = 0;
-    }
     return result;
+}
+
+DEVICE EdgeSlopes edge_slopes(const Rule& rule, Real low, Real high, int axis, int size) {
+    const int bins = rule.bins[axis];
+    if (rule.dialect == ROI_ALIGN) {
+        Real start, extent;
+        extent_of(rule, low, high, start, extent);
+        const double scale = widen(narrow(rule.spatial_scale, Real()));
+        const bool grows = rule.aligned || at_least(extent, (Real)1);
+        return {{scale, 0}, grows ? scale / bins : 0};
+    }
+    if (rule.dialect == ROI_CROP_CENTERS) return {{1 - 0.5 / bins, 0.5 / bins}, 1.0 / bins};
+    const double unit = rule.dialect == CROP_AND_RESIZE ? size - 1 : 1;
+    if (bins > 1) return {{unit, 0}, unit / (bins - 1)};
+    return {{0.5 * unit, 0.5 * unit}, 0};
 }
 
 DEVICE Real origin_of(const Axis& axis, int p) { return add(axis.start, mul((Real)p, axis.bin)); }
 
+// Where in its part of a bin a sample lies.
+DEVICE Real offset_of(const Rule& rule) { return rule.dialect == ROI_ALIGN ? (Real)0.5 : (Real)0; }
+
 DEVICE Real position_of(const Rule& rule, const Axis& axis, Real origin, long long i) {
-    const Real offset = rule.dialect == ROI_ALIGN ? (Real)0.5 : (Real)0;
-    return add(origin, div(mul(add((Real)i, offset), axis.bin), (Real)axis.samples));
+    return add(origin, div(mul(add((Real)i, offset_of(rule)), axis.bin), (Real)axis.samples));
 }
 
 // Sample indices [first, stop) of a bin, outside of which no position lies in [from, to].
-DEVICE void candidates(const Axis& axis, Real origin, double from, double to, long long& first, long long& stop) {
+DEVICE void candidates(const Axis& axis, Real origin, int from, int to, long long& first, long long& stop) {
     first = 0;
     stop = axis.samples;
     if (stop <= EVERY_SAMPLE) return;
@@ -122,29 +122,29 @@ DEVICE void candidates(const Axis& axis, Real origin, double from, double to, lo
 
 DEVICE Taps taps_of(const Rule& rule, Real position, int size) {
     Taps taps = {false, 0, 0, (Real)0};
-    const double v = widen(position), last = size - 1;
     const bool clamps = rule.dialect == ROI_ALIGN;
-    taps.inside = clamps ? (v >= -1 && v <= size) : (v >= 0 && v <= last);
+    taps.inside = at_least(position, clamps ? (Real)-1 : (Real)0) &&
+                  at_least(round_down(clamps ? size : size - 1, Real()), position);
     if (!taps.inside) return taps;
     if (rule.nearest) {
-        const int low = (int)v;
-        taps.low = taps.high = low + (v - low >= 0.5 ? 1 : 0);
+        const int low = (int)position;
+        taps.low = taps.high = low + (at_least(sub(position, (Real)low), (Real)0.5) ? 1 : 0);
         return taps;
     }
     if (clamps) {
-        if (v < 0) position = (Real)0;
-        if (v > last) position = (Real)(size - 1);
-        taps.low = (int)widen(position);
-        if (taps.low > size - 1) taps.low = size - 1;  // rounded up
-        taps.high = taps.low + (v >= 0 ? 1 : 0);
-        if (taps.high > size - 1) taps.high = size - 1;
+        const bool inner = at_least(position, (Real)0);
+        const Real last = (Real)(size - 1);
+        if (!inner) position = (Real)0;
+        if (less(last, position)) position = last;
+        taps.low = (int)min((long long)position, (long long)(size - 1));  // `last` may have been rounded up
+        taps.high = min(taps.low + (inner ? 1 : 0), size - 1);
     } else {
-        taps.low = (int)v;
+        taps.low = (int)position;
         if (rule.dialect == CROP_AND_RESIZE) {
-            taps.high = (int)ceil(v);
+            taps.high = (int)round_up(position);
         } else {
-            if (taps.low > size - 2) taps.low = size >= 2 ? size - 2 : 0;
-            taps.high = taps.low + 1 > size - 1 ? size - 1 : taps.low + 1;
+            taps.low = min(taps.low, max(size - 2, 0));
+            taps.high = min(taps.low + 1, size - 1);
         }
     }
     taps.fraction = sub(position, (Real)taps.low);

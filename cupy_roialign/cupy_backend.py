@@ -17,7 +17,8 @@ class CupyBackend(gpu_backend.GpuBackend):
         return array.device
 
     def place(self, array: Any) -> tuple[int, tuple[int, ...]]:
-        return array.data.ptr, tuple(stride // array.itemsize for stride in array.strides)
+        size = array.itemsize
+        return array.data.ptr, tuple([stride // size for stride in array.strides])
 
     def cast(self, array: Any, dtype: str) -> Any:
         return array.astype(dtype, copy=False)

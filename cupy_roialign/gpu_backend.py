@@ -16,20 +16,17 @@ import numpy as np
 
 from cupy_roialign import arrays, checks, geometry, kernels, validation
 
-THREADS = 256  # of a block, as in the kernels
-OUTPUTS = 8 * THREADS  # of a block
 MOST_BLOCKS = 2**31 - 1  # of a launch
-TILE = 8  # a side of what a block works on: of bins, or of pixels in the gradient to features
 
 
-class _Inputs(NamedTuple):
-    """Arrays, and not their addresses: what was converted must live until the kernel is launched."""
+class _Work(NamedTuple):
+    """What the kernels of one call have in common."""
 
-    planes: Any  # the features or their gradient
-    crops: Any  # the crops or their gradient
-    boxes: Any
-    batch_indices: Any
-    directions: Sequence[Any]
+    types: kernels.Types
+    rule: geometry.Rule
+    views: Sequence[kernels.View]  # features or their gradient, crops or their gradient, boxes, batch indices
+    directions: Sequence[kernels.View]
+    owners: Any  # of their memory: what was converted must live until the kernels are launched
 
 
 class GpuBackend(abc.ABC):
@@ -75,10 +72,9 @@ class GpuBackend(abc.ABC):
             features = self._known(features)
             dtype = arrays.output_name(arrays.dtype_name(features))
             output = self._allocate((len(boxes), features.shape[1], *rule.bins), dtype, features, features)
-            blocks, area = _tiles(rule.bins)
-            blocks *= len(boxes)
-            inputs = self._inputs(features, output, boxes, batch_indices, directions)
-            self._launch("forward", blocks, area, inputs, output, rule)
+            work = self._work(features, output, boxes, batch_indices, directions, rule)
+            tiling = kernels.Tiling.of(rule.bins, features.shape[1], work.types, len(boxes))
+            self._launch("forward", len(boxes) * tiling.blocks, work, tiling, output)
             return output
 
     def feature_gradient(
@@ -99,12 +95,11 @@ class GpuBackend(abc.ABC):
             dtype = arrays.output_name(arrays.dtype_name(features))
             gradient = self._allocate(tuple(features.shape), dtype, features, grad_output)
             grad = self._readable(grad_output, dtype)
-            blocks, area = _tiles(tuple(features.shape[2:]))
-            blocks *= features.shape[0]
-            inputs = self._inputs(gradient, grad, boxes, batch_indices, directions)
-            reaches = self.empty((len(boxes), 3), "int64", grad_output)  # room for `Reach`
-            self._launch("reach", -(-len(boxes) // THREADS), 0, inputs, reaches, rule)
-            self._launch("feature_gradient", blocks, area, inputs, gradient, rule, reaches)
+            work = self._work(gradient, grad, boxes, batch_indices, directions, rule)
+            tiling = kernels.Tiling.of(tuple(features.shape[2:]), features.shape[1], work.types)
+            resolved = self.empty((len(boxes), work.types.resolved), "int64", grad_output)
+            self._launch("resolve_boxes", -(-len(boxes) // kernels.THREADS), work, tiling, gradient, resolved)
+            self._launch("feature_gradient", features.shape[0] * tiling.blocks, work, tiling, gradient, resolved)
             return gradient
 
     def box_gradient(
@@ -124,11 +119,22 @@ class GpuBackend(abc.ABC):
             features = self._known(features)
             grad = self._readable(grad_output, arrays.dtype_name(features))
             gradient = self.empty(tuple(boxes.shape), kernels.box_name(arrays.dtype_name(boxes)), features)
-            inputs = self._inputs(features, grad, boxes, batch_indices, directions)
-            self._launch("box_gradient", len(boxes), 0, inputs, gradient, rule)
+            work = self._work(features, grad, boxes, batch_indices, directions, rule)
+            tiling = kernels.Tiling.of(rule.bins, features.shape[1], work.types, len(boxes))
+            shares = self.empty((len(boxes), tiling.blocks, 4), work.types.compute, features)
+            self._launch("box_gradient", len(boxes) * tiling.blocks, work, tiling, gradient, shares)
+            self._launch("box_gradient_sum", -(-len(boxes) // kernels.BOXES_A_BLOCK), work, tiling, gradient, shares)
             return self.cast(gradient, arrays.dtype_name(boxes))
 
-    def _inputs(self, planes: Any, crops: Any, boxes: Any, batch_indices: Any, directions: Sequence[Any]) -> _Inputs:
+    def _work(
+        self,
+        planes: Any,
+        crops: Any,
+        boxes: Any,
+        batch_indices: Any,
+        directions: Sequence[Any],
+        rule: geometry.Rule,
+    ) -> _Work:
         """In the dtypes that kernels read."""
         if checks.wanted():
             validation.whole_indices(self.host(batch_indices), planes.shape[0])
@@ -136,31 +142,22 @@ class GpuBackend(abc.ABC):
         if arrays.dtype_name(batch_indices) in arrays.FLOATS:
             batch_indices = self.cast(batch_indices, box_dtype)
         boxes, *directions = (self.cast(rows, box_dtype) for rows in (boxes, *directions))
-        return _Inputs(planes, crops, boxes, batch_indices, directions)
+        inputs = (planes, crops, boxes, batch_indices)
+        views = [self.view(array) for array in inputs]
+        changes = [self.view(array) for array in directions]
+        return _Work(types_of(views[0], views[1], views[2], rule), rule, views, changes, (inputs, directions))
 
     def _launch(
-        self,
-        name: str,
-        blocks: int,
-        area: int,
-        inputs: _Inputs,
-        result: Any,
-        rule: geometry.Rule,
-        workspace: Any = None,
+        self, name: str, blocks: int, work: _Work, tiling: kernels.Tiling, result: Any, workspace: Any = None
     ) -> None:
-        """Runs a kernel over `blocks` tiles of `area` outputs for each channel; 0: a block takes all channels."""
-        channels = inputs.planes.shape[1]
-        at_once = max(1, min(channels, OUTPUTS // area)) if area else channels
-        blocks *= -(-channels // at_once) if area else 1
         if blocks == 0:
             return
-        views = [self.view(array) for array in (*inputs[:4], result)]
-        changes = [self.view(array) for array in inputs.directions]
+        views = [*work.views, self.view(result)]
         pointer = 0 if workspace is None else self.place(workspace)[0]
-        kernel = kernels.kernel(name, types_of(views[0], views[1], views[2], rule))
+        kernel = kernels.kernel(name, work.types)
         for first in range(0, blocks, MOST_BLOCKS):
-            arguments = kernels.arguments(views, changes, rule, first, at_once, pointer)
-            kernel((min(MOST_BLOCKS, blocks - first),), (THREADS,), (arguments,))
+            arguments = kernels.arguments(views, work.directions, work.rule, work.types, tiling, pointer, first)
+            kernel((min(MOST_BLOCKS, blocks - first),), (kernels.THREADS,), (arguments,))
 
     def view(self, array: Any) -> kernels.View:
         """What a kernel reads an array as."""
@@ -192,8 +189,3 @@ def types_of(planes: kernels.View, crops: kernels.View, boxes: kernels.View, rul
     channels_last = arrays.is_channels_last(planes.shape, planes.strides)
     precision = geometry.precision(rule, planes.dtype, boxes.dtype)
     return kernels.Types(planes.dtype, crops.dtype, boxes.dtype, precision, large, channels_last)
-
-
-def _tiles(size: tuple[int, ...]) -> tuple[int, int]:
-    """How many tiles cover a size, and how many places the largest has."""
-    return -(-size[0] // TILE) * -(-size[1] // TILE), min(size[0], TILE) * min(size[1], TILE)

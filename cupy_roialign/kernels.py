@@ -19,11 +19,15 @@ from cupy_roialign import arrays, geometry
 
 KERNELS = {
     "forward": "forward.cu",
-    "reach": "feature_gradient.cu",
+    "resolve_boxes": "feature_gradient.cu",
     "feature_gradient": "feature_gradient.cu",
     "box_gradient": "box_gradient.cu",
+    "box_gradient_sum": "box_gradient.cu",
 }
 """All kernels, and the file that each is in."""
+
+INCLUDES = {"forward.cu": ("taps.cuh",), "box_gradient.cu": ("taps.cuh",)}
+"""What comes before it, beyond what comes before all."""
 
 CTYPES = {
     "float16": "Half",
@@ -34,11 +38,28 @@ CTYPES = {
 }
 """The dtypes that kernels read. Other integers are rare, and are converted to float32 first."""
 
+ITEMSIZES = {name: 2 if name == "bfloat16" else np.dtype(name).itemsize for name in CTYPES}
+
 INDEX_KINDS = {"float32": 0, "float64": 0}
 INDEX_KINDS |= {f"{sign}int{8 * size}": size if not sign else -size for sign in ("", "u") for size in (1, 2, 4, 8)}
 """How a kernel reads batch indices: bytes of a signed integer, or their negative; 0 for a column of the boxes."""
 
 OPTIONS = ("-std=c++17",)
+
+THREADS = 256
+"""Of a block."""
+
+MOST_TILE = 16
+"""The longest side of what a block works on: of bins, or of pixels in the gradient to features."""
+
+BOXES_A_BLOCK = 8
+"""Whose shares of the gradient to boxes a block adds up."""
+
+FEW_BINS = 8
+"""That side where there are channels enough to make up for it."""
+
+MANY_BLOCKS = 2048
+"""Some times as many as any GPU runs at a time."""
 
 LARGE = 2**31
 """Elements from which on offsets take 64 bits."""
@@ -59,6 +80,12 @@ class View(NamedTuple):
             return 0
         return sum((n - 1) * abs(step) for n, step in zip(self.shape, self.strides, strict=True))
 
+    def is_packed(self, lanes: int) -> bool:
+        """Whether so many channels, from a multiple of that number on, lie together for accesses of up to 16 bytes."""
+        if self.strides[1] != 1 or self.pointer % min(16, lanes * ITEMSIZES[self.dtype]):
+            return False
+        return not any(self.strides[axis] % lanes for axis in (0, 2, 3) if self.shape[axis] > 1)
+
 
 class Types(NamedTuple):
     """What a kernel is compiled for; dtypes by their names."""
@@ -69,6 +96,64 @@ class Types(NamedTuple):
     positions: str  # float32 or float64
     large: bool  # offsets of 64 bits
     channels_last: bool  # neighbouring threads take neighbouring channels
+
+    @property
+    def compute(self) -> str:
+        """The dtype of sums."""
+        return arrays.compute_name(self.features)
+
+    @property
+    def resolved(self) -> int:
+        """Integers of 64 bits that `resolve_boxes` leaves for each box: `Reach` and two `Axis`."""
+        return 3 + 2 * (1 + ITEMSIZES[self.positions] // 4)
+
+    @property
+    def outputs(self) -> int:
+        """How many sums a thread holds in registers."""
+        return 32 // ITEMSIZES[self.compute]
+
+    @property
+    def lanes(self) -> int:
+        """How many channels of a place a thread works on together: channels-last, what an access of 16 bytes reads."""
+        if not self.channels_last:
+            return self.outputs
+        return min(self.outputs, 16 // ITEMSIZES[self.features])
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks a multiprocessor shall hold: as many as leave their threads registers enough."""
+        return 2 if self.compute == "float64" else 4
+
+    @property
+    def spots(self) -> int:
+        """How many places a thread works on."""
+        return self.outputs // self.lanes
+
+
+class Tiling(NamedTuple):
+    """How the work on an item (a box, or an image) is cut into those of blocks."""
+
+    tile: tuple[int, int]  # of bins or pixels, along y and x
+    channels: int  # at once; a multiple of `Types.lanes`, even where there are fewer
+    blocks: int  # of an item
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def of(cls, size: tuple[int, ...], channels: int, types: Types, items: int | None = None) -> Tiling:
+        """For items of a size, in bins or pixels.
+
+        A block's places are those that its threads hold sums for. With a number of `items` it does several times as
+        many, in rounds, where that leaves enough blocks.
+        """
+        groups, room = -(-channels // types.lanes), THREADS * types.spots
+        limit = FEW_BINS if groups * FEW_BINS**2 >= room else MOST_TILE
+        cuts = [max(1, -(-n // limit)) for n in size]
+        tile = tuple(-(-n // cut) for n, cut in zip(size, cuts, strict=True))
+        at_once = max(1, min(groups, room // max(1, math.prod(tile))))
+        if items is not None:
+            rounds = max(1, -(-groups // at_once))
+            at_once *= -(-rounds // max(1, -(-MANY_BLOCKS // max(1, items * math.prod(cuts)))))
+        return cls((tile[0], tile[1]), at_once * types.lanes, math.prod(cuts) * -(-groups // at_once))
 
 
 RULE = np.dtype(
@@ -105,14 +190,18 @@ ARGUMENTS = np.dtype(
         ("channels", "i4"),
         ("size", "i4", 2),
         ("index_kind", "i4"),
-        ("channels_at_once", "i4"),
         ("box_columns", "i4"),
         ("direction_count", "i4"),
+        ("tile", "i4", 2),
+        ("channels_at_once", "i4"),
+        ("blocks_per_item", "i4"),
+        ("packed_features", "i4"),
+        ("packed_crops", "i4"),
         ("rule", RULE),
     ],
     align=True,
 )
-"""`Arguments` of weights.cuh; passed by value, as one structure."""
+"""`Arguments` of arguments.cuh; passed by value, as one structure."""
 
 
 def _packer(dtype: np.dtype) -> struct.Struct:
@@ -145,11 +234,12 @@ def arguments(
     at_work: Sequence[View],
     directions: Sequence[View],
     rule: geometry.Rule,
-    first: int,
-    at_once: int,
+    types: Types,
+    tiling: Tiling,
     workspace: int = 0,
+    first: int = 0,
 ) -> np.ndarray:
-    """ARGUMENTS of a launch whose first block has that number, for so many channels a block.
+    """ARGUMENTS of a launch whose first block has that number.
 
     `at_work`: features or their gradient, crops or their gradient, boxes, batch indices, result.
     """
@@ -171,9 +261,13 @@ def arguments(
         first,
         *planes.shape[1:],
         INDEX_KINDS[indices.dtype],
-        at_once,
         boxes.shape[1],
         len(directions),
+        *tiling.tile,
+        tiling.channels,
+        tiling.blocks,
+        planes.is_packed(types.lanes),
+        crops.is_packed(types.lanes),
     )
     end = rule_bytes(rule)
     return np.frombuffer(bytearray(packed.ljust(ARGUMENTS.itemsize - len(end), b"\0") + end), ARGUMENTS).reshape(())
@@ -227,14 +321,21 @@ def source(name: str, types: Types) -> str:
     definitions = (
         f"typedef {CTYPES[types.positions]} Real;\n"
         f"typedef {CTYPES[types.boxes]} Box;\n"
-        f"typedef {CTYPES[arrays.compute_name(types.features)]} Compute;\n"
+        f"typedef {CTYPES[types.compute]} Compute;\n"
         f"typedef {'long long' if types.large else 'int'} Offset;\n"
         f"#define FEATURE {features}\n"
         f"#define RESULT {result}\n"
         f"#define GRAD {CTYPES[types.crops]}\n"
         f"#define CHANNELS_LAST {int(types.channels_last)}\n"
+        f"#define LANES {types.lanes}\n"
+        f"#define SPOTS {types.spots}\n"
+        f"#define THREADS {THREADS}\n"
+        f"#define BLOCKS {types.blocks}\n"
+        f"#define MOST_TILE {MOST_TILE}\n"
+        f"#define BOXES_A_BLOCK {BOXES_A_BLOCK}\n"
     )
-    return "\n".join([read("device.cuh"), definitions, *map(read, ("geometry.cuh", "weights.cuh", KERNELS[name]))])
+    files = ["geometry.cuh", "arguments.cuh", *INCLUDES.get(KERNELS[name], ()), KERNELS[name]]
+    return "\n".join([read("device.cuh"), definitions, *map(read, files)])
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """What is common to all test files: the backends as fixtures, and what each needs."""
 
+import contextlib
 import os
 
 import hypothesis
@@ -48,6 +49,29 @@ def on_gpu(name):
     return pytest.param(name, marks=pytest.mark.gpu)
 
 
+def pytest_collection_modifyitems(items):
+    """Those that wait for what is compiled in the background come last."""
+    items.sort(key=lambda item: "compiling" in item.fixturenames)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def begun(request):
+    """What test_compile.py compiles, from the first test of the session on, where its tests are among them."""
+    if not any("compiling" in item.fixturenames for item in request.session.items):
+        yield None
+        return
+    try:
+        import cuda.core  # noqa: F401
+    except ImportError:
+        yield None
+        return
+    from tests.test_compile import Compiling
+
+    compiling = Compiling()
+    yield compiling
+    compiling.end()
+
+
 @pytest.fixture(
     params=["numpy", "numpy-sparse", "torch", "emulated", "emulated-torch", on_gpu("cupy"), on_gpu("cuda-torch")],
     scope="session",
@@ -76,6 +100,15 @@ def emulated():
         stand_in.launches.clear()
         yield stand_in
         stand_in.seed, stand_in.guard = 0, "back"
+
+
+@pytest.fixture(params=["cpu", "emulated"])
+def place(request):
+    """A context in which tensors are worked on: the CPU, and the kernels on the emulated device."""
+    if request.param == "cpu":
+        return contextlib.nullcontext
+    request.getfixturevalue("emulated")
+    return backends.EmulatedTorchBackend().device
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import cupy_roialign as cr
 from cupy_roialign import geometry, gpu_backend, kernels
 from cupy_roialign.geometry import Dialect, Rule
+from tests import tolerance
 
 
 def problem(channels=5, dtype=np.float32, count=9):
@@ -30,7 +31,7 @@ extern "C" __global__ void twin(const Arguments a) {
     const long long k = (a.first_block + blockIdx.x) * 64 + threadIdx.x;
     if (k >= a.count) return;
     Real edges[4];
-    for (int i = 0; i < 4; ++i) edges[i] = edge(a, k, a.rule.columns[i]);
+    edges_of(a, k, edges);
     for (int axis = 0; axis < 2; ++axis) {
         Real* to = (Real*)a.result + (k * 2 + axis) * 8;
         const Axis found = resolve(a.rule, edges[axis], edges[axis + 2], axis, a.size[axis]);
@@ -129,7 +130,8 @@ def test_the_structure_of_arguments_is_that_of_the_kernels(cupy):
     fields = [
         "a.feature_strides[3]", "a.output_strides[0]", "a.box_strides[1]", "a.index_stride", "a.direction_strides[3]",
         "a.direction_count", "a.images", "a.count",
-        "a.first_block", "a.channels", "a.size[1]", "a.index_kind", "a.channels_at_once", "a.box_columns",
+        "a.first_block", "a.channels", "a.size[1]", "a.index_kind", "a.box_columns", "a.tile[1]",
+        "a.channels_at_once", "a.blocks_per_item", "a.packed_features", "a.packed_crops",
         "a.rule.spatial_scale", "a.rule.extrapolation_value", "a.rule.dialect", "a.rule.bins[1]", "a.rule.columns[3]",
         "a.rule.sampling_ratio", "a.rule.aligned", "a.rule.nearest",
     ]  # fmt: skip
@@ -163,7 +165,8 @@ def test_arguments_are_packed_in_the_order_of_their_names():
     ]
     rule = Rule(Dialect.ROI_CROP_CORNERS, (8, 9), (2, 1, 4, 3), 0.25, 6, True, True, -1.5)
     directions = [kernels.View(200, (91, 92), (7, 5), "float32")]
-    packed = kernels.arguments(at_work, directions, rule, 77, 11, 105)
+    types = kernels.Types("float32", "float32", "float32", "float32", False, False)
+    packed = kernels.arguments(at_work, directions, rule, types, kernels.Tiling((12, 13), 11, 14), 105, 77)
     fields = {name: packed[name].tolist() for name in kernels.ARGUMENTS.names if name != "rule"}
     assert {name: packed["rule"][name].tolist() for name in kernels.RULE.names} == {
         "spatial_scale": 0.25, "extrapolation_value": -1.5, "dialect": 2, "bins": [8, 9], "columns": [2, 1, 4, 3],
@@ -175,14 +178,32 @@ def test_arguments_are_packed_in_the_order_of_their_names():
         "feature_strides": [0, 1, 2, 3], "output_strides": [10, 11, 12, 13], "box_strides": [20, 21],
         "index_stride": 30, "direction_strides": [91, 92, 0, 0], "direction_count": 1,
         "images": 2, "count": 7, "first_block": 77, "channels": 3, "size": [4, 5],
-        "index_kind": 2, "channels_at_once": 11, "box_columns": 5,
+        "index_kind": 2, "box_columns": 5, "tile": [12, 13], "channels_at_once": 11, "blocks_per_item": 14,
+        "packed_features": 0, "packed_crops": 0,
     }  # fmt: skip
 
 
-def test_offsets_of_64_bits_give_the_same(cupy, monkeypatch):
+@pytest.fixture
+def launched(monkeypatch):
+    """Each launch's kernel and number of blocks."""
+    found = []
+    compiled = kernels.kernel
+
+    def kernel(name, types):
+        def launch(grid, block, arguments):
+            found.append((name, grid[0]))
+            compiled(name, types)(grid, block, arguments)
+
+        return launch
+
+    monkeypatch.setattr(kernels, "kernel", kernel)
+    return found
+
+
+def test_offsets_of_64_bits_give_the_same(cupy, launched, monkeypatch):
     arguments = problem()
     narrow = run(cupy, *arguments)
-    kernels_before = {launch["kernel"] for launch in cupy.launches}
+    assert {name for name, _ in launched} == set(kernels.KERNELS)
     monkeypatch.setattr(kernels, "LARGE", 1)
     from cupy_roialign.cupy_backend import CupyBackend
 
@@ -190,17 +211,117 @@ def test_offsets_of_64_bits_give_the_same(cupy, monkeypatch):
     assert gpu_backend.types_of(features, features, boxes, RULES[-1]).large
     for a, b in zip(narrow, run(cupy, *arguments), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert kernels_before == set(kernels.KERNELS)
 
 
-def test_launches_in_parts(cupy, monkeypatch):
+# first channel and how many, of 24 that lie side by side
+@pytest.mark.parametrize(("first", "channels"), [(0, 24), (8, 16), (8, 13), (1, 16), (4, 3)])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.uint8])
+def test_channels_that_are_read_together_and_those_that_are_not(first, channels, dtype, cupy):
+    from cupy_roialign.cupy_backend import CupyBackend
+
+    _, boxes, indices, cotangent = problem(24)
+    values = np.random.default_rng(5).uniform(0, 99, (2, 19, 22, 24)).astype(dtype)
+    of_them = slice(first, first + channels)
+    last = values.transpose(0, 3, 1, 2)[:, of_them]
+    grads = np.ascontiguousarray(cotangent[:, of_them].transpose(0, 2, 3, 1))
+    on_gpu = cupy.asarray(values).transpose(0, 3, 1, 2)[:, of_them]
+    view = CupyBackend().view(on_gpu)
+    lanes = gpu_backend.types_of(view, view, CupyBackend().view(cupy.asarray(boxes)), RULES[5]).lanes
+    assert view.is_packed(lanes) == (first % lanes == 0)
+    options = {"output_size": (5, 9), "sampling_ratio": 2, "batch_indices": indices}
+    expected, pullback = cr.vjp(cr.roi_align, last, boxes, **options)
+    options["batch_indices"] = cupy.asarray(indices)
+    output, pullback_on_gpu = cr.vjp(cr.roi_align, on_gpu, cupy.asarray(boxes), **options)
+    wanted = pullback(grads.transpose(0, 3, 1, 2))
+    found = pullback_on_gpu(cupy.asarray(grads).transpose(0, 3, 1, 2))
+    precision = 2e-3 if dtype == np.float16 else 1e-5
+    for a, b in zip((output, *found), (expected, *wanted), strict=True):
+        tolerance.assert_close(a.get(), b, precision)
+
+
+@pytest.mark.parametrize("channels", [3, 70])
+def test_many_bins_on_few_pixels_and_few_on_many(channels, cupy):
+    """Several parts of a box's bins touch a tile of pixels, or more pixels touch a bin than are held at a time."""
+    rng = np.random.default_rng(8)
+    features = rng.uniform(-1, 1, (2, channels, 40, 45)).astype(np.float32)
+    boxes = np.array([[3, 4, 8, 7], [0, 0, 45, 40], [-9, 12, 30, 13], [20, 20, 20, 20], [30, 39, 2, 1]], np.float32)
+    indices = np.array([1, 0, 1, 0, 1])
+    for size, sampling_ratio in (((40, 35), 2), ((1, 2), -1), ((1, 1), 90)):
+        arguments = (size, 1.0, sampling_ratio, True)
+        grad = rng.uniform(-1, 1, (5, channels, *size)).astype(np.float32)
+        expected, pullback = cr.vjp(cr.roi_align, features, boxes, *arguments, batch_indices=indices)
+        output, pullback_on_gpu = cr.vjp(
+            cr.roi_align, *map(cupy.asarray, (features, boxes)), *arguments, batch_indices=cupy.asarray(indices)
+        )
+        found = (output, *pullback_on_gpu(cupy.asarray(grad)))
+        for a, b in zip(found, (expected, *pullback(grad)), strict=True):
+            tolerance.assert_close(a.get(), b, 1e-5)
+
+
+@pytest.mark.parametrize("sampling_ratio", [2, 90])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1)])
+def test_many_channels_in_rounds(order, sampling_ratio, cupy, launched, monkeypatch):
+    """A box's taps are held from round to round or, too many to be held, read again."""
+    from cupy_roialign.cupy_backend import CupyBackend
+
+    features, boxes, indices, cotangent = problem(150)
+    boxes[3], boxes[5] = [np.nan, 0, 1, 1], [-30, -30, 160, 120]  # and bins of 20 pixels
+    features = np.ascontiguousarray(features.transpose(order)).transpose(np.argsort(order))
+    found = []
+    for blocks in (10**6, 1):
+        monkeypatch.setattr(kernels, "MANY_BLOCKS", blocks)
+        kernels.Tiling.of.cache_clear()
+        launched.clear()
+        found.append(run(cupy, features, boxes, indices, cotangent, sampling_ratio))
+        assert (dict(launched)["forward"] == 2 * len(boxes)) == (blocks == 1)
+        given = [cupy.asarray(array) for array in (features, boxes, indices)]
+        found[-1].append(CupyBackend().forward(*given, RULES[5], [cupy.asarray(boxes + 1)]).get())
+    kernels.Tiling.of.cache_clear()
+    for i, precision in enumerate((0, 0, 1e-5, 0)):
+        tolerance.assert_close(found[1][i], found[0][i], precision)
+    assert np.isnan(found[1][0][3]).all()
+
+
+def test_a_view_is_packed_where_one_access_reaches_its_channels():
+    def view(pointer=64, strides=(1000, 1, 80, 8), shape=(2, 8, 5, 10), dtype="float32"):
+        return kernels.View(pointer, strides, shape, dtype)
+
+    assert view().is_packed(4)
+    assert not view(pointer=72).is_packed(4)
+    assert view(pointer=72).is_packed(2)
+    assert not view(strides=(1000, 1, 81, 8)).is_packed(4)
+    assert view(strides=(1000, 1, 81, 8), shape=(2, 8, 1, 10)).is_packed(4)
+    assert not view(strides=(1000, 50, 10, 1)).is_packed(4)
+    assert not view(strides=(0, 0, 0, 0)).is_packed(4)
+    assert view(pointer=48, dtype="float64").is_packed(8)  # 16 bytes are the most that one access reads
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("features", list(kernels.CTYPES))
+def test_tilings_cover_everything_once(features, channels_last):
+    types = kernels.Types(features, "float32", "float32", "float32", False, channels_last)
+    assert types.lanes * types.spots == types.outputs
+    for size in ((1, 1), (7, 7), (14, 14), (9, 300), (224, 224), (1, 1000), (0, 5)):
+        for channels in (0, 1, 3, 20, 256, 1024):
+            for items in (None, 1, 100, 10**6):
+                tiling = kernels.Tiling.of(size, channels, types, items)
+                assert max(tiling.tile) <= kernels.MOST_TILE
+                assert tiling.channels % types.lanes == 0 < tiling.channels
+                tiles = [-(-n // max(1, side)) for n, side in zip(size, tiling.tile, strict=True)]
+                if 0 not in size and channels:
+                    assert tiling.blocks == np.prod(tiles) * -(-channels // tiling.channels)
+                spots = np.prod(tiling.tile) * tiling.channels // types.lanes
+                assert items is not None or spots <= kernels.THREADS * types.spots
+
+
+def test_launches_in_parts(cupy, launched, monkeypatch):
     arguments = problem()
     whole = run(cupy, *arguments)
     monkeypatch.setattr(gpu_backend, "MOST_BLOCKS", 7)
-    cupy.launches.clear()
+    launched.clear()
     for a, b in zip(whole, run(cupy, *arguments), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert max(launch["blocks"] for launch in cupy.launches) == 7
+    assert max(blocks for _, blocks in launched) == 7
 
 
 @pytest.mark.parametrize("index", [-1, 2, 2**40])

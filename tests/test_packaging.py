@@ -47,7 +47,7 @@ def test_contents(wheel):
     modules = {f"cupy_roialign/{path.name}" for path in (ROOT / "cupy_roialign").glob("*.py")}
     sources = {f"cupy_roialign/cuda/{path.name}" for path in (ROOT / "cuda").iterdir()}
     assert names == modules | sources | {"cupy_roialign/py.typed"}
-    assert len(sources) == 6
+    assert len(sources) == 7
     assert wheel.name == f"cupy_roialign-{cupy_roialign.__version__}-py3-none-any.whl"
 
 

@@ -14,9 +14,11 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(threads, blocks)
 #define __shared__ static __attribute__((section("shared_memory")))
 #define DEVICE [[maybe_unused]] static inline
+#define UNROLL
+#define UNROLL_READS
 
 using std::max;
 using std::min;
@@ -26,6 +28,9 @@ DEVICE float sub(float a, float b) { return a - b; }
 DEVICE float mul(float a, float b) { return a * b; }
 DEVICE float div(float a, float b) { return a / b; }
 DEVICE float round_up(float a) { return ceilf(a); }
+DEVICE float round_down(int a, float) { const float r = (float)a; return (double)r > a ? nextafterf(r, 0) : r; }
+DEVICE bool less(float a, float b) { return a < b; }
+DEVICE bool at_least(float a, float b) { return a >= b; }
 DEVICE double widen(float a) { return a; }
 DEVICE float narrow(double a, float) { return (float)a; }
 DEVICE double add(double a, double b) { return a + b; }
@@ -33,8 +38,14 @@ DEVICE double sub(double a, double b) { return a - b; }
 DEVICE double mul(double a, double b) { return a * b; }
 DEVICE double div(double a, double b) { return a / b; }
 DEVICE double round_up(double a) { return ceil(a); }
+DEVICE double round_down(int a, double) { return a; }
+DEVICE bool less(double a, double b) { return a < b; }
+DEVICE bool at_least(double a, double b) { return a >= b; }
 DEVICE double widen(double a) { return a; }
 DEVICE double narrow(double a, double) { return a; }
+DEVICE float convert(float a, float) { return a; }
+DEVICE double convert(float a, double) { return a; }
+DEVICE double convert(double a, double) { return a; }
 DEVICE double __longlong_as_double(long long bits) { double v; memcpy(&v, &bits, 8); return v; }
 DEVICE float __uint_as_float(unsigned bits) { float v; memcpy(&v, &bits, 4); return v; }
 DEVICE unsigned __float_as_uint(float v) { unsigned bits; memcpy(&bits, &v, 4); return bits; }
@@ -144,13 +155,32 @@ static const char* launch(void (*kernel)(), long long blocks, int threads, unsig
     std::vector<long long> order(blocks);
     for (long long i = 0; i < blocks; ++i) order[i] = i;
     std::shuffle(order.begin(), order.end(), random);
+    message[0] = 0;
     for (long long block : order) {
         blockIdx = {(unsigned)block, 0, 0};
-        if (!run_block(threads, random)) return message;
+        if (!run_block(threads, random) || message[0]) return message;
     }
     return nullptr;
 }
+
+[[maybe_unused]] static void check_alignment(const void* address, size_t alignment) {
+    if ((size_t)address % alignment)
+        snprintf(message, sizeof message, "an access of %zu bytes to an address that is no multiple of it", alignment);
+}
 }  // namespace emulation
+
+template <typename Pack>
+DEVICE Pack read_pack(const Pack* from) {
+    emulation::check_alignment(from, alignof(Pack));
+    Pack pack;
+    memcpy((void*)&pack, (const void*)from, sizeof pack);
+    return pack;
+}
+template <typename Pack>
+DEVICE void write_pack(Pack* to, const Pack& pack) {
+    emulation::check_alignment(to, alignof(Pack));
+    memcpy((void*)to, (const void*)&pack, sizeof pack);
+}
 
 #define TEXT_OF(line) #line
 #define PLACE(line) TEXT_OF(line)

@@ -1,0 +1,208 @@
+// What a launch is given, how arrays are read and written, and which part of the work is a block's.
+
+// The same for each kernel; ARGUMENTS in kernels.py mirrors it.
+struct Arguments {
+    const void* features;      // (N, C, H, W)
+    const void* grad_output;   // (K, C, bins_y, bins_x)
+    const void* boxes;         // (K, 4 or 5)
+    const void* batch_indices; // (K,)
+    void* result;              // crops, a gradient to the features, or a gradient to the boxes
+    void* workspace;           // what one kernel leaves for the next
+    const void* directions[2]; // each like the boxes: changes of them, along which to take the derivative
+    long long feature_strides[4], output_strides[4], box_strides[2], index_stride, direction_strides[4];  // in elements
+    long long images, count, first_block;  // N, K, and the number of the first block of this launch
+    int channels, size[2], index_kind, box_columns, direction_count;
+    int tile[2], channels_at_once;   // the most that a block works on, of an item: see Task
+    int blocks_per_item;
+    int packed_features, packed_crops;  // whether LANES channels, the first of them a multiple of LANES, are one pack
+    Rule rule;
+};
+
+// ---- numbers ----
+
+struct Bfloat16 { unsigned short bits; };
+
+DEVICE float load(Bfloat16 v) { return __uint_as_float((unsigned)v.bits << 16); }
+DEVICE void store(Bfloat16& to, float v) {  // to nearest, ties to even; NaN stays one
+    const unsigned bits = __float_as_uint(v);
+    to.bits = (bits & 0x7fffffffu) > 0x7f800000u ? (unsigned short)(bits >> 16 | 64)
+                                                 : (unsigned short)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
+template <typename Number>
+DEVICE Number load(Number v) { return v; }
+DEVICE void store(float& to, float v) { to = v; }
+DEVICE void store(double& to, double v) { to = v; }
+
+typedef FEATURE Feature;  // as stored
+typedef RESULT Result;
+typedef GRAD Grad;
+
+#define NAN_VALUE __longlong_as_double(0x7ff8000000000000LL)
+
+// Neighbouring channels that lie side by side.
+template <typename Number>
+struct alignas(LANES * sizeof(Number) < 16 ? LANES * sizeof(Number) : 16) Pack { Number lane[LANES]; };
+
+// `count` channels of one place, `step` elements apart; 0 for the others of LANES. A thread works on so many together:
+// what it knows of a place serves all of them, and what it reads does not wait for each other. `whole` is known at
+// compile time, so that reads in a loop do not wait for each other either: see `by_lanes`.
+template <typename Number, typename Whole>
+DEVICE void read_lanes(Whole whole, const void* from, Offset place, Offset step, int count, Compute* to) {
+    const Number* first = (const Number*)from + place;
+    if (CHANNELS_LAST && whole) {
+        const Pack<Number> pack = read_pack((const Pack<Number>*)first);
+        UNROLL for (int l = 0; l < LANES; ++l) to[l] = (Compute)load(pack.lane[l]);
+    } else {
+        UNROLL for (int l = 0; l < LANES; ++l)
+            to[l] = whole || l < count ? (Compute)load(first[l * step]) : (Compute)0;
+    }
+}
+
+template <bool VALUE>
+struct Constant {
+    __device__ constexpr operator bool() const { return VALUE; }
+};
+
+const int READS = CHANNELS_LAST ? 2 : 1;  // of as many places a loop waits for together
+
+// Calls `work(whole)`: whether all of LANES are read and, where channels lie together, as one pack.
+template <typename Work>
+DEVICE void by_lanes(int count, bool packed, Work work) {
+    if (count == LANES && (packed || !CHANNELS_LAST)) work(Constant<true>());
+    else work(Constant<false>());
+}
+
+DEVICE void write_lanes(void* to, Offset place, Offset step, int count, bool packed, const Compute* from) {
+    Result* first = (Result*)to + place;
+    if (CHANNELS_LAST && packed && count == LANES) {
+        Pack<Result> pack;
+        UNROLL for (int l = 0; l < LANES; ++l) store(pack.lane[l], from[l]);
+        write_pack((Pack<Result>*)first, pack);
+    } else {
+        UNROLL for (int l = 0; l < LANES; ++l)
+            if (l < count) store(first[l * step], from[l]);
+    }
+}
+
+// ---- boxes ----
+
+// The image of a box, or -1 if it has none.
+DEVICE long long image_of(const Arguments& a, long long k) {
+    const long long place = k * a.index_stride;
+    long long image = -1;
+    switch (a.index_kind) {
+        case 1: image = ((const signed char*)a.batch_indices)[place]; break;
+        case 2: image = ((const short*)a.batch_indices)[place]; break;
+        case 4: image = ((const int*)a.batch_indices)[place]; break;
+        case 8: image = ((const long long*)a.batch_indices)[place]; break;
+        case -1: image = ((const unsigned char*)a.batch_indices)[place]; break;
+        case -2: image = ((const unsigned short*)a.batch_indices)[place]; break;
+        case -4: image = ((const unsigned*)a.batch_indices)[place]; break;
+        case -8: {
+            const unsigned long long wide = ((const unsigned long long*)a.batch_indices)[place];
+            image = wide < (unsigned long long)a.images ? (long long)wide : -1;
+            break;
+        }
+        default: {
+            const Box v = ((const Box*)a.batch_indices)[place], nearest = rint(v);
+            if (fabs(v - nearest) <= (Box)(1.0 / 64) && nearest >= 0 && nearest < (Box)9e18) image = (long long)nearest;
+        }
+    }
+    return image >= 0 && image < a.images ? image : -1;
+}
+
+// A box's edges: low y, low x, high y, high x.
+DEVICE void edges_of(const Arguments& a, long long k, Real* edges) {
+    for (int i = 0; i < 4; ++i)
+        edges[i] = convert(((const Box*)a.boxes)[k * a.box_strides[0] + a.rule.columns[i] * a.box_strides[1]], Real());
+}
+
+// A box's edges; returns its image, or -1 if it is broken.
+DEVICE long long open_box(const Arguments& a, long long k, Real* edges) {
+    const long long image = image_of(a, k);  // first, so that one read need not wait for the other
+    edges_of(a, k, edges);
+    return finite_box(edges) ? image : -1;
+}
+
+// ---- derivatives along directions ----
+
+// Which of the directions an axis takes in a term, or -1: `terms` of geometry.py.
+DEVICE int term_count(const Arguments& a) { return a.direction_count == 0 ? 1 : 2; }
+DEVICE int direction_of(const Arguments& a, int term, int axis) {
+    if (a.direction_count == 0) return -1;
+    return axis == term ? 0 : a.direction_count == 2 ? 1 : -1;
+}
+
+// How an axis of a box changes along a direction. Where it does, weights are the changes of weights.
+struct Change {
+    bool wanted;
+    Compute start, bin;
+};
+
+DEVICE Change change_of(const Arguments& a, long long k, int term, int axis) {
+    const int direction = direction_of(a, term, axis);
+    if (direction < 0) return {false, 0, 0};
+    Real edges[4];
+    edges_of(a, k, edges);
+    const EdgeSlopes slopes = edge_slopes(a.rule, edges[axis], edges[axis + 2], axis, a.size[axis]);
+    const Box* row = (const Box*)a.directions[direction] + k * a.direction_strides[2 * direction];
+    const double low = row[a.rule.columns[axis] * a.direction_strides[2 * direction + 1]];
+    const double high = row[a.rule.columns[axis + 2] * a.direction_strides[2 * direction + 1]];
+    return {true, (Compute)(low * slopes.start[0] + high * slopes.start[1]), (Compute)((high - low) * slopes.bin)};
+}
+
+// d position / d bin of sample i of a bin.
+DEVICE Compute lever_of(const Rule& rule, int bin, long long i, Compute share) {
+    return (Compute)bin + ((Compute)i + (Compute)offset_of(rule)) * share;
+}
+
+// ---- a block's work ----
+
+// A tile of an item (of a box's bins, or of an image's pixels), for some of its channels.
+struct Task {
+    long long item;
+    int first[2], extent[2];      // places of the tile along y and x
+    int first_channel, channels;
+
+    __device__ Task(const Arguments& a, const int* size) {
+        const int parts = (a.channels + a.channels_at_once - 1) / a.channels_at_once;
+        long long block = a.first_block + blockIdx.x;
+        first_channel = (int)(block % parts) * a.channels_at_once;
+        channels = min(a.channels_at_once, a.channels - first_channel);
+        block /= parts;
+        for (int axis = 1; axis >= 0; --axis) {
+            const int tiles = (size[axis] + a.tile[axis] - 1) / a.tile[axis];
+            first[axis] = (int)(block % tiles) * a.tile[axis];
+            extent[axis] = min(a.tile[axis], size[axis] - first[axis]);
+            block /= tiles;
+        }
+        item = block;
+    }
+
+    // Places of the tile, each for LANES channels.
+    __device__ int spots() const { return (channels + LANES - 1) / LANES * extent[0] * extent[1]; }
+};
+
+// One of a task's spots. Neighbours in number lie together in memory.
+struct Spot {
+    int y, x;             // in the tile
+    int channel, lanes;   // the first of its channels, and how many it has; 0: there is no such spot
+
+    __device__ Spot(const Task& task, int number) {
+        const int groups = (task.channels + LANES - 1) / LANES;
+        if (CHANNELS_LAST) {
+            channel = number % groups * LANES;
+            number /= groups;
+            x = number % task.extent[1];
+            y = number / task.extent[1];
+            lanes = y < task.extent[0] ? min(LANES, task.channels - channel) : 0;
+        } else {
+            x = number % task.extent[1];
+            number /= task.extent[1];
+            y = number % task.extent[0];
+            channel = number / task.extent[0] * LANES;
+            lanes = max(0, min(LANES, task.channels - channel));
+        }
+        channel += task.first_channel;
+    }
+};
