@@ -35,6 +35,39 @@ def oldest(session: nox.Session) -> None:
 
 
 @nox.session
+def cuda12(session: nox.Session) -> None:
+    """Every kernel by the compiler of CUDA 12, which knows older GPUs than that of CUDA 13."""
+    session.install("cuda-core[cu12]>=0.4", "numpy", "pytest", "hypothesis", "ml_dtypes")
+    session.install("--no-deps", "-e", ".")
+    session.run("python", "-m", "pytest", "-q", *(session.posargs or ["tests/test_compile.py"]))
+
+
+CUDA_12 = ("nvidia-cuda-nvrtc-cu12==12.*", "nvidia-cuda-runtime-cu12==12.*")
+
+
+@nox.session
+@nox.parametrize(
+    "packages",
+    [
+        nox.param(("cupy-cuda12x==13.*", *CUDA_12), id="13"),
+        nox.param(("cupy-cuda12x[ctk]==14.*",), id="14-cuda12"),
+        nox.param(("cupy-cuda13x[ctk]==14.*",), id="14-cuda13"),
+    ],
+)
+def cupy(session: nox.Session, packages: tuple[str, ...]) -> None:
+    """What is called with CuPy's arrays, with CuPy itself, on a stand-in for the driver: see tests/emulate."""
+    session.install(*packages, "pytest", "hypothesis", "matplotlib", "ml_dtypes", "tqdm")
+    session.install("--no-deps", "-e", ".")
+    names = ("kernels", "arrays", "errors", "warmup", "doctor", "gradients", "directions", "golden", "oracle")
+    files = session.posargs or [f"tests/test_{name}.py" for name in names]
+    on_stand_in = ("python", "-m", "tests.emulate.real_cupy", "-m")
+    session.run(*on_stand_in, "pytest", "-q", "-m", "gpu", "-k", "not cuda-torch", *files)
+    if not session.posargs:
+        session.run(*on_stand_in, "tests.sanitize")
+        session.run(*on_stand_in, "benchmarks.gpu", "--rehearse", "--out", session.create_tmp())
+
+
+@nox.session
 def check(session: nox.Session) -> None:
     install(session, "test")
     session.run("ruff", "check", ".")

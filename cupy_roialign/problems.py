@@ -189,7 +189,8 @@ def no_toolkit(error: str, on: Machine) -> Problem:
     return Problem(
         "toolkit_missing",
         f"CuPy does not find CUDA's compiler (NVRTC) or headers ({error})",
-        f"{command}, which brings them, or set CUDA_PATH to the folder of a CUDA toolkit",
+        f"{command}, which brings them, or set CUDA_PATH to the folder of a CUDA toolkit; CuPy 13 looks for the "
+        "compiler in LD_LIBRARY_PATH",
     )
 
 

@@ -1,15 +1,20 @@
 """Backends that one body of tests runs on: NumPy arrays in and out."""
 
 import contextlib
+import types
 import unittest.mock
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 import cupy_roialign as cr
 from cupy_roialign import numpy_backend
 from tests import emulate
+
+try:
+    from ml_dtypes import bfloat16
+except ImportError:  # NumPy has none of its own, and a machine with a GPU need not have it
+    bfloat16 = None
 
 
 class NumpyBackend:
@@ -74,7 +79,7 @@ class TorchBackend(ElsewhereBackend):
 
     def array(self, tensor):
         if tensor.dtype == self.torch.bfloat16:
-            return tensor.view(self.torch.int16).numpy().view(ml_dtypes.bfloat16)
+            return tensor.view(self.torch.int16).numpy().view(bfloat16)
         return tensor.numpy()
 
     def vjp(self, operator, features, boxes, *args, cotangent=None, **kwargs):
@@ -123,20 +128,26 @@ class CupyBackend(ElsewhereBackend):
         np.ndarray(array.shape, array.dtype, span, before, array.strides)[...] = array
         return self.cupy.ndarray(array.shape, array.dtype, self.memory(span) + before, array.strides)
 
+    def array(self, tensor):
+        """In the order that it has on the device: `get` makes C's of it."""
+        order = np.argsort([-stride for stride in tensor.strides], kind="stable")
+        return tensor.transpose(order.tolist()).get().transpose(np.argsort(order))
+
     def vjp(self, operator, features, boxes, *args, cotangent=None, **kwargs):
         with self.installed():
             args, kwargs = self.options(args, kwargs)
             output, pullback = cr.vjp(operator, self.convert(features), self.convert(boxes), *args, **kwargs)
             if cotangent is None:
-                return output.get(), None, None
+                return self.array(output), None, None
             grad_features, grad_boxes = pullback(self.tensor(cotangent))
-            grad_boxes = [part.get() for part in grad_boxes] if isinstance(grad_boxes, list) else grad_boxes.get()
-            return output.get(), grad_features.get(), grad_boxes
+            is_list = isinstance(grad_boxes, list)
+            grad_boxes = [self.array(part) for part in grad_boxes] if is_list else self.array(grad_boxes)
+            return self.array(output), self.array(grad_features), grad_boxes
 
     def __call__(self, operator, *args, **kwargs):
         with self.installed():
             args, kwargs = self.options(args, kwargs)
-            return operator(*args, **kwargs).get()
+            return self.array(operator(*args, **kwargs))
 
 
 class EmulatedBackend(CupyBackend):
@@ -170,16 +181,13 @@ class EmulatedTorchBackend(TorchBackend):
     name = "torch on the emulated device"
 
     @contextlib.contextmanager
-    def device(self, stream=0):
+    def device(self, stream=lambda: 0):
+        """Torch's current stream is what `stream` gives, called in the thread that asks."""
         from cupy_roialign import tensors
 
-        class Backend(tensors._CudaBackend):
-            def stream(self, array):
-                return stream
-
         with emulate.installed(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tensors, "_on_cpu", lambda tensor: False)
-            patch.setattr(tensors, "_cuda", Backend())
+            patch.setattr(tensors, "on_cpu", lambda tensor: False)
+            patch.setattr(self.torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=stream()))
             yield
 
     def vjp(self, *args, **kwargs):

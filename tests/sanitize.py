@@ -8,11 +8,10 @@ import numpy as np
 import cupy_roialign as cr
 from tests.test_kernels import problem
 
-if hasattr(cupy.cuda, "set_allocator"):
-    cupy.cuda.set_allocator(None)  # one allocation an array: a pool would hide an access past its end
-
 
 def main():
+    if hasattr(cupy.cuda, "set_allocator"):  # here, because pytest imports this file, to look for examples
+        cupy.cuda.set_allocator(None)  # one allocation an array: a pool would hide an access past its end
     features, boxes, indices, cotangent = problem()
     boxes[3], boxes[5, 2] = [-1e30, -1e30, 1e30, 1e30], np.nan
     indices[6] = 99

@@ -1,11 +1,11 @@
 """dtypes, memory orders, empty arrays, views: what goes in, what comes out, and what is left alone."""
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 import cupy_roialign as cr
 from tests import tolerance
+from tests.backends import bfloat16
 from tests.test_gradients import CALLS, PIXEL_BOXES
 from tests.test_oracle import ORDERS, lay_out
 
@@ -55,10 +55,11 @@ def test_nhwc_users_need_no_copy():
 
 
 FLOATS = [np.float16, np.float32, np.float64]
+BFLOAT16 = pytest.param(bfloat16, marks=pytest.mark.skipif(bfloat16 is None, reason="no ml_dtypes"), id="bfloat16")
 INTEGERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64, np.bool_]
 
 
-@pytest.mark.parametrize("dtype", [*FLOATS, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [*FLOATS, BFLOAT16])
 @pytest.mark.parametrize("channels", [3, 20])
 def test_floating_features_keep_their_dtype(dtype, channels):
     features = values(channels).astype(dtype)
@@ -117,7 +118,7 @@ def test_positions_are_computed_in_the_wider_precision():
     )
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, ">f2", ">f4", ">f8"])
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16, ">f2", ">f4", ">f8"])
 def test_boxes_of_other_dtypes(dtype):
     boxes = np.array([[1, 0.5, 8, 6], [2, 2, 4.25, 7]]).astype(dtype)
     real = np.float64 if np.dtype(dtype).itemsize == 8 else np.float32

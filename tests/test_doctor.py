@@ -556,7 +556,8 @@ def test_cupy_without_a_toolkit(message, failing, emulated):
         cr.roi_align(emulated.zeros((1, 1, 4, 4), np.float32), emulated.zeros((1, 5), np.float32), 2)
     assert str(caught.value) == (
         f"CuPy does not find CUDA's compiler (NVRTC) or headers (RuntimeError: {message}); pip install "
-        f"'cupy_roialign[cuda13]', which brings them, or set CUDA_PATH to the folder of a CUDA toolkit"
+        f"'cupy_roialign[cuda13]', which brings them, or set CUDA_PATH to the folder of a CUDA toolkit; CuPy 13 looks "
+        f"for the compiler in LD_LIBRARY_PATH"
     )
     tests = {"cupy": doctor.self_test("cupy")}
     assert tests["cupy"] == f"RuntimeError: {message}"

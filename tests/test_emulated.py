@@ -1,10 +1,14 @@
 """What only the emulated device can show of the CUDA path, and that the emulation is strict."""
 
+import concurrent.futures
+import importlib
 import inspect
 import itertools
 import json
 import subprocess
 import sys
+import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -111,24 +115,159 @@ def test_device_and_stream_are_the_callers(cupy):
         output, pullback = cr.vjp(cr.roi_crop, *device[:3], (5, 9))
         gradients = pullback(device[3])
     assert [array.device.id for array in (output, *gradients)] == [1, 1, 1]
-    assert [(launch["device"], launch["stream"]) for launch in cupy.launches] == [(1, stream.ptr)] * 4
+    assert [(launch["device"], launch["stream"]) for launch in cupy.launches] == [(1, stream.ptr)] * 5
 
 
-def test_tensors_go_to_torchs_stream(cupy):
-    """In backward too, whatever CuPy's current stream is."""
+@pytest.mark.parametrize("version", [13, 14])
+def test_tensors_go_to_torchs_stream(version, cupy, monkeypatch):
+    """In backward too, which torch calls from a thread of its own; whatever CuPy's current stream is.
+
+    CuPy 13 has one way to take it, and 14 warns of that.
+    """
     torch = pytest.importorskip("torch")
+    monkeypatch.delattr(*(cupy.cuda.Stream, "from_external") if version == 13 else (cupy.cuda, "ExternalStream"))
     features, boxes, indices, cotangent = map(torch.from_numpy, problem())
     features.requires_grad_()
     boxes.requires_grad_()
-    with EmulatedTorchBackend().device(stream=77), cupy.cuda.Stream():
+    streams = {threading.get_ident(): 77}
+    with EmulatedTorchBackend().device(stream=lambda: streams.get(threading.get_ident(), 88)), cupy.cuda.Stream():
         output = cr.roi_crop(features, boxes, indices, (5, 9))
-        output.backward(cotangent)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(output.backward, cotangent).result()
     assert [(launch["kernel"], launch["stream"]) for launch in cupy.launches] == [
         ("forward", 77),
-        ("reach", 77),
-        ("feature_gradient", 77),
-        ("box_gradient", 77),
+        ("resolve_boxes", 88),
+        ("feature_gradient", 88),
+        ("box_gradient", 88),
+        ("box_gradient_sum", 88),
     ]
+
+
+def test_tensors_go_to_their_own_device(cupy, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from cupy_roialign import tensors
+
+    backend, asked = tensors._CudaBackend(), []
+    stream = lambda device: asked.append(device) or types.SimpleNamespace(cuda_stream=77)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    with FakeTensorMode():
+        tensor = torch.zeros(3, device="cuda:1")
+        assert backend.empty((2,), "float32", tensor).device == tensor.device
+    for current in (0, 1):
+        with cupy.cuda.Device(current):
+            with backend.on(tensor):
+                assert (cupy.cuda.Device().id, cupy.cuda.get_current_stream().ptr) == (1, 77)
+            assert (cupy.cuda.Device().id, cupy.cuda.get_current_stream().ptr) == (current, 0)
+    assert asked == [tensor.device] * 2
+
+
+@pytest.mark.parametrize("kind", ["arrays", "tensors"])
+def test_callers_in_many_threads(kind, cupy):
+    """Each with its own stream, and the results that it has alone."""
+    torch = pytest.importorskip("torch")
+    streams, count = {}, 12
+
+    def call(number):
+        values = [np.roll(array, number) if array.dtype.kind == "f" else array for array in problem()]
+        with cupy.cuda.Stream() as stream:
+            streams[threading.get_ident()] = stream.ptr
+            if kind == "arrays":
+                results = run(cupy, *values)
+            else:
+                features, boxes, indices, cotangent = map(torch.from_numpy, values)
+                inputs = (features.requires_grad_(), boxes.requires_grad_())
+                output = cr.roi_align(*inputs, (5, 9), batch_indices=indices)
+                results = [output.detach(), *torch.autograd.grad(output, inputs, cotangent)]
+        return stream.ptr, [np.asarray(result) for result in results]
+
+    with EmulatedTorchBackend().device(stream=lambda: streams[threading.get_ident()]):
+        alone = [call(number)[1] for number in range(count)]
+        cupy.launches.clear()
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            used, together = zip(*pool.map(call, range(count)), strict=True)
+    for expected, actual in zip(alone, together, strict=True):
+        for a, b in zip(expected, actual, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert len(set(used)) == count
+    assert sorted(launch["stream"] for launch in cupy.launches) == sorted(5 * used)
+
+
+# A CUDA graph can record launches, and memory of the library's own allocator, but not that someone waits for the GPU or
+# copies to the host. With a GPU graphs are recorded in test_gpu.py.
+
+# of torch, all on one device: memory, views, fills, and in other dtypes
+ON_DEVICE = {"empty", "full", "fill_", "detach", "select", "as_strided", "permute", "cat", "slice", "narrow"}
+CASTS = {"to", "_to_copy", "empty_strided", "copy_"}
+
+
+def calls_of(library, dtype="float32"):
+    """Of each way to give boxes: forward, and both gradients; in (5, 9) bins as in `problem`."""
+    features, boxes, indices, cotangent = problem()
+    rows = np.concatenate([indices[:, None], boxes], 1)
+    several = [boxes[indices == image] for image in range(len(features))]
+    cast = lambda array: library.asarray(array.astype(dtype))  # noqa: E731
+    given = {
+        "indices": (cast(boxes), {"batch_indices": library.asarray(indices)}),
+        "rows": (cast(rows), {}),
+        "a list": ([cast(part) for part in several], {}),
+    }
+    for order in ((0, 1, 2, 3), (0, 2, 3, 1)):
+        laid_out = np.ascontiguousarray(features.transpose(order)).transpose(np.argsort(order))
+        for boxes, options in given.values():
+            yield cast(laid_out), boxes, options, cast(cotangent)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_call_on_arrays_never_waits(dtype, cupy, monkeypatch):
+    from cupy_roialign.cupy_backend import CupyBackend
+
+    def wait(*args, **kwargs):
+        raise AssertionError("this waits for the GPU")
+
+    made = list(calls_of(cupy, dtype))
+    for owner, names in {
+        cupy.ndarray: ("get", "item", "__bool__", "__float__", "__array__"),
+        cupy.cuda.Stream: ("synchronize",),
+        cupy.cuda.Device: ("synchronize",),
+        cupy: ("asnumpy",),
+        CupyBackend: ("host",),
+    }.items():
+        for name in names:
+            monkeypatch.setattr(owner, name, wait)
+    for features, boxes, options, cotangent in made:
+        _, pullback = cr.vjp(cr.roi_align, features, boxes, (5, 9), **options)
+        pullback(cotangent)
+        with cr.checked(), pytest.raises(AssertionError, match="this waits"):  # that it would be seen
+            cr.roi_align(features, boxes, (5, 9), **options)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_call_on_tensors_never_waits(dtype, cupy, monkeypatch):
+    """And takes memory from torch alone."""
+    torch = pytest.importorskip("torch")
+    made = list(calls_of(torch, dtype))
+    monkeypatch.setattr(cupy, "empty", None)
+    allowed = ON_DEVICE | CASTS if dtype == "float16" else ON_DEVICE | {"to"}  # which is nothing without another dtype
+
+    def used(function):
+        with torch.autograd.profiler.profile() as profile:
+            result = function()
+        return result, {event.name for event in profile.function_events if event.name.startswith("aten::")}
+
+    with EmulatedTorchBackend().device():
+        for features, boxes, options, cotangent in made:
+            listed = isinstance(boxes, list)
+            leaves = [leaf.requires_grad_() for leaf in (features, *(boxes if listed else [boxes]))]
+            output, names = used(lambda: cr.roi_align(features, boxes, (5, 9), **options))  # noqa: B023
+            gradients, more = used(lambda: torch.autograd.grad(output, leaves, cotangent, create_graph=True))  # noqa: B023
+            steps = [names, more]
+            if not listed:  # whose parts torch puts together in its own way
+                steps.append(used(lambda: torch.autograd.grad(gradients[1], leaves, gradients[1]))[1])  # noqa: B023
+            for names in steps:
+                assert {name.removeprefix("aten::") for name in names} <= allowed
+                assert "aten::empty" in names  # that they are seen
 
 
 def test_cuda_tensors_without_cupy(monkeypatch):
@@ -161,10 +300,10 @@ def spoiled(cupy, name, before, after, types=("float32", "float32", "float32", "
     return cupy.RawKernel(code.replace(before, after), name)
 
 
-FILL = "along_y.fill(a.rule, axes[0], change_y, p + thread, thread, a.size[0], start[0]);\n"
+FIND = "if (own < count_now && bin < task.extent[axis]) pieces[own].find"
 BARRIERS = {
-    "feature_gradient": (FILL + 20 * " " + "__syncthreads();", FILL),
-    "box_gradient": ("        __syncthreads();\n        if (thread < half)", "        if (thread < half)"),
+    "feature_gradient": ("__syncthreads();\n            " + FIND, FIND),
+    "box_gradient": ("__syncthreads();\n        if (thread % width < half)", "if (thread % width < half)"),
 }
 
 
@@ -200,9 +339,10 @@ from cupy_roialign import kernels
 with installed() as cupy:
     cupy.guard = {guard!r}
     original = kernels.source
-    channel = "(Offset)(first_channel + c) * (Offset)a.output_strides[1]"
+    channel = "(Offset)spot.channel * (Offset)a.output_strides[1]"
     if {spoil}:
-        kernels.source = lambda *args: original(*args).replace(channel, channel.replace("+ c", "+ c {shift}"))
+        other = channel.replace("spot.channel", "(spot.channel {shift})")
+        kernels.source = lambda *args: original(*args).replace(channel, other)
     features = cupy.asarray(np.ones((1, 3, 4, 4), np.float32))
     cr.roi_align(features, cupy.asarray(np.array([[0, 0, 0, 4, 4.]], np.float32)), 3)
 print("alive")
@@ -221,16 +361,21 @@ def test_an_access_out_of_bounds_ends_the_process(guard, shift, emulated):
 
 
 def test_an_element_that_is_not_written_shows(cupy, monkeypatch):
-    bad = spoiled(
-        cupy,
-        "forward",
-        "    for (int m = 0; m < OUTPUTS; ++m) {\n        const int place",
-        "    for (int m = 1; m < OUTPUTS; ++m) {\n        const int place",
-    )
+    bad = spoiled(cupy, "forward", "write_lanes(a.result,", "if (spot.y) write_lanes(a.result,")
     monkeypatch.setattr(kernels, "kernel", lambda name, types: bad)
     features, boxes, indices, _ = problem()
     output = cr.roi_align(cupy.asarray(features), cupy.asarray(boxes), (5, 9), batch_indices=cupy.asarray(indices))
     assert np.isnan(output.get()).any()
+
+
+def test_a_misaligned_access_is_found(cupy, monkeypatch):
+    """Of a pack, which is fine on a CPU, and an error on a GPU that ends the process's use of it."""
+    features, boxes, indices, _ = map(cupy.asarray, problem(20))
+    last = cupy.asarray(features.get().transpose(0, 2, 3, 1).copy()).transpose(0, 3, 1, 2)[:, 1:17]
+    cr.roi_align(last, boxes, (5, 9), batch_indices=indices)
+    monkeypatch.setattr(kernels.View, "is_packed", lambda view, lanes: True)
+    with pytest.raises(RuntimeError, match="forward: an access of 16 bytes to an address that is no multiple of it"):
+        cr.roi_align(last, boxes, (5, 9), batch_indices=indices)
 
 
 def test_wrong_launches_raise(cupy):
@@ -269,6 +414,7 @@ def test_the_benchmark_of_the_gpu_runs_with_it(tmp_path, emulated):
     assert report["gpu"] == "the emulated device"
     assert set(report["ms: median, least, most"]["W1 float16"]["forward"]) == {"NCHW", "channels-last"}
     assert report["the same bits in 100 runs"]
+    assert set(report["kernels"]) == set(kernels.KERNELS)
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
 
 
@@ -276,6 +422,13 @@ def test_the_sanitizers_script_runs_with_it(emulated):
     command = [sys.executable, "-m", "tests.emulate", "-m", "tests.sanitize"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout == "72 kernels ran\n", done.stderr
+
+
+def test_to_import_that_script_changes_nothing(emulated, monkeypatch):
+    """Pytest does, where CuPy is there, and all other tests go on with its pool."""
+    monkeypatch.setattr(emulated.cuda, "set_allocator", lambda allocator: pytest.fail("no pool"), raising=False)
+    monkeypatch.delitem(sys.modules, "tests.sanitize", raising=False)
+    importlib.import_module("tests.sanitize")
 
 
 def test_it_leaves_no_trace(emulated):

@@ -3,10 +3,12 @@
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 HEAVY = ["torch", "cupy", "scipy", "matplotlib", "jax", "tensorflow", "ml_dtypes", "pandas"]
+HEAVY += ["cuda", "nbclient", "nbformat", "onnx", "onnxruntime", "onnxscript", "skimage", "tqdm"]
 
 # Refuses the heavy libraries, as on a machine that has not got them, and tells which were asked for.
 GUARD = """
@@ -43,6 +45,13 @@ def test_the_guard_catches(name):
     assert (
         run(f"import {name}; assert {name!r} in sys.modules".replace("sys", "__import__('sys')"), False).returncode == 0
     )
+
+
+def test_so_do_the_tests_for_a_gpu_until_they_run(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    done = run("import pytest\nsys.exit(pytest.main(['-q', '-m', 'gpu', '--collect-only', '-p', 'no:cacheprovider']))")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tests/test_gpu.py::test_a_captured_graph" in done.stdout
 
 
 def test_adds_little_to_the_import_of_numpy():

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 import types
 from pathlib import Path
@@ -113,7 +114,7 @@ class ndarray:
         return (2, self._number)
 
     def get(self) -> np.ndarray:
-        return self._array.copy(order="K")
+        return self._array.copy()  # in C order, as CuPy's
 
     def item(self) -> Any:
         return self._array.item()
@@ -121,7 +122,7 @@ class ndarray:
     def astype(self, dtype: Any, copy: bool = True) -> ndarray:
         if not copy and self._array.dtype == dtype:
             return self
-        return asarray(self._array.astype(dtype), device=self._number)
+        return _copied(self._array.astype(dtype), self._number)
 
     def view(self, dtype: Any) -> ndarray:
         return self._like(self._array.view(dtype))
@@ -189,16 +190,21 @@ def empty(shape: Any, dtype: Any = float) -> ndarray:
     dtype = np.dtype(dtype)
     shape = (shape,) if isinstance(shape, int) else tuple(shape)
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    return ndarray._of(_guarded(nbytes).view(dtype).reshape(shape), cuda.Device._current)
+    return ndarray._of(_guarded(nbytes).view(dtype).reshape(shape), _current.device)
 
 
 def asarray(value: Any, dtype: Any = None, device: int | None = None) -> ndarray:
-    """Copies to the device, strides kept where they leave no gaps."""
+    """Copies to the device: in Fortran's order what is in that, all else in C's, as CuPy does."""
     if isinstance(value, ndarray):
         return value if dtype is None else value.astype(dtype, copy=False)
     value = np.asarray(value, dtype)
+    return _copied(value if value.flags.fnc else np.asarray(value, order="C"), device)
+
+
+def _copied(value: np.ndarray, device: int | None) -> ndarray:
+    """A copy on the device, strides kept where they leave no gaps."""
     order = np.argsort([-abs(stride) for stride in value.strides], kind="stable")
-    with cuda.Device(cuda.Device._current if device is None else device):
+    with cuda.Device(_current.device if device is None else device):
         result = empty([value.shape[axis] for axis in order], value.dtype)
     result = result.transpose(*np.argsort(order)) if value.ndim else result
     result._array[...] = value
@@ -235,22 +241,31 @@ def __getattr__(name: str) -> Any:
 # ---- devices and streams ----
 
 
+class _Current(threading.local):
+    """What `with` has made current, in each thread for itself."""
+
+    def __init__(self) -> None:
+        self.device = 0
+        self.streams = [0]
+
+
+_current = _Current()
+
+
 class _Device:
     """One of two devices; `with` makes it the current one."""
 
-    _current = 0
-
     def __init__(self, number: int | None = None):
-        self.id = _Device._current if number is None else number
+        self.id = _current.device if number is None else number
         self._before: list[int] = []
 
     def __enter__(self) -> _Device:
-        self._before.append(_Device._current)
-        _Device._current = self.id
+        self._before.append(_current.device)
+        _current.device = self.id
         return self
 
     def __exit__(self, *error: object) -> None:
-        _Device._current = self._before.pop()
+        _current.device = self._before.pop()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Device) and self.id == other.id
@@ -260,19 +275,25 @@ class _Device:
 
 
 class _Stream:
-    _current = [0]  # noqa: RUF012
     _made = 0
 
     def __init__(self, non_blocking: bool = False):
         _Stream._made += 1
         self.ptr = 4096 * _Stream._made
 
+    @classmethod
+    def from_external(cls, other: Any) -> _ExternalStream:
+        version, pointer = other.__cuda_stream__()
+        if version != 0:
+            raise ValueError(f"version {version} of the stream protocol is not known")
+        return _ExternalStream(pointer)
+
     def __enter__(self) -> _Stream:
-        _Stream._current.append(self.ptr)
+        _current.streams.append(self.ptr)
         return self
 
     def __exit__(self, *error: object) -> None:
-        _Stream._current.pop()
+        _current.streams.pop()
 
     def synchronize(self) -> None:
         pass
@@ -296,6 +317,7 @@ class _ExternalStream(_Stream):
 cuda = types.ModuleType("cupy.cuda")
 cuda.Device, cuda.Stream, cuda.ExternalStream = _Device, _Stream, _ExternalStream  # type: ignore[attr-defined]
 cuda.Event = _Event  # type: ignore[attr-defined]
+cuda.get_current_stream = lambda: _ExternalStream(_current.streams[-1])  # type: ignore[attr-defined]
 cuda.get_elapsed_time = lambda start, stop: 1e3 * (stop.time - start.time)  # type: ignore[attr-defined]
 cuda.is_available = lambda: True  # type: ignore[attr-defined]
 
@@ -328,7 +350,12 @@ def compile_for_host(code: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
+_running = threading.Lock()  # a kernel's memory for its arguments is one for all threads
+
+
 class RawKernel:
+    num_regs = local_size_bytes = shared_size_bytes = 0  # a GPU would tell
+
     def __init__(self, code: str, name: str, options: tuple[str, ...] = ()):
         self.name = name
         host = code.replace(kernels.read("device.cuh"), HOST.read_text())
@@ -353,9 +380,9 @@ class RawKernel:
         (arguments,) = args
         if not isinstance(arguments, np.ndarray) or arguments.shape != () or arguments.nbytes != self._bytes:
             raise TypeError(f"{self.name}: its argument is one structure of {self._bytes} bytes; got {arguments!r}")
-        launches.append(
-            {"kernel": self.name, "device": _Device._current, "stream": _Stream._current[-1], "blocks": grid[0]}
-        )
-        problem = self._emulate(arguments.ctypes.data, grid[0], block[0], seed)
+        launch = {"kernel": self.name, "device": _current.device, "stream": _current.streams[-1], "blocks": grid[0]}
+        with _running:
+            launches.append(launch)
+            problem = self._emulate(arguments.ctypes.data, grid[0], block[0], seed)
         if problem:
             raise RuntimeError(f"{self.name}: {problem.decode()}")
