@@ -47,7 +47,7 @@ class Job:
 
     def changes(self, direction: int, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(2, k) and (2, k): how `start` and `bin` of some of the boxes change with a direction."""
-        low, high = geometry.edges(self.rule, self.directions[direction])
+        low, high = geometry.edges(self.rule, self.directions[direction].astype(np.float64, copy=False))
         of_start, of_bin = self.slopes.change(low, high)
         return of_start[:, numbers], of_bin[:, numbers]
 

@@ -119,6 +119,7 @@ class Taps:
     def changes(self, of_start: np.ndarray, of_bin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How the weights change, where `start` and `bin`, (A, K), change by so much."""
         slope = (of_start.ravel()[self.line] + self.lever * of_bin.ravel()[self.line]) * self.share
+        slope[self.low == self.high] = 0  # the sums of many that cancel are not 0
         return -slope, slope
 
     def position_gradient(self, at_low: np.ndarray, at_high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -147,8 +147,31 @@ def test_infinite_pixels_keep_their_sign(functions):
         assert functions.forward(features, boxes, np.array([0]), rule, [right]).item() == expected
 
 
+def test_clamped_samples_have_no_derivative(functions):
+    """Not even one that rounding leaves of changes that cancel."""
+    rng = np.random.default_rng(7)
+    features = np.full((1, 1, 3, 3), np.inf)
+    rule = Rule(Dialect.ROI_ALIGN, (1, 1), X1_Y1_X2_Y2, 1.0, 7, aligned=True)
+    boxes = np.tile([-0.4, -0.4, 0.4, 0.4], (50, 1))
+    changes = rng.standard_normal((2, 50, 4))
+    for some in (changes[:1], changes):
+        assert not functions.forward(features, boxes, np.zeros(50, np.int64), rule, list(some)).any()
+
+
 def test_terms():
     """A product of one factor of y and one of x: nothing is left after two."""
     assert terms(0) == ((None, None),)
     assert len(terms(1)) == len(terms(2)) == 2
     assert terms(3) == terms(4) == ()
+
+
+def test_changes_of_float32_boxes_are_worked_out_in_the_precision_of_float64_features(functions):
+    rng = np.random.default_rng(2)
+    features, indices = rng.standard_normal((1, 2, 17, 19)), np.zeros(8, np.int64)
+    low, *directions = rng.uniform(0, 9, (3, 8, 4)).astype(np.float32)
+    boxes = low + np.float32([0, 0, 30, 30])
+    rule = Rule(Dialect.ROI_ALIGN, (3, 4), X1_Y1_X2_Y2, 0.3, 2)
+    for some in (directions[:1], directions):
+        wide = [rows.astype(np.float64) for rows in (boxes, *some)]
+        expected = functions.forward(features, wide[0], indices, rule, wide[1:])
+        tolerance.assert_close(functions.forward(features, boxes, indices, rule, some), expected, 1e-13)
