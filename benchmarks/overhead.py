@@ -1,6 +1,6 @@
 """What a call costs before and after the arithmetic: the torch path beside the NumPy function that does the work.
 
-    python -m benchmarks.overhead [--json FILE]
+    python -m benchmarks.overhead [--rounds 300] [--json FILE]
 
 Ways take turns, so that a machine that slows down slows all; microseconds, the median of many rounds.
 """
@@ -26,7 +26,7 @@ from benchmarks.measure import processor
 from cupy_roialign import autograd, numpy_backend, operators, ops, tensors
 
 
-def us(functions, rounds=300, calls=5):
+def us(functions, rounds, calls=5):
     """{name: median microseconds} of functions that take turns."""
     times = {name: [] for name in functions}
     for round_ in range(rounds + 20):
@@ -39,10 +39,11 @@ def us(functions, rounds=300, calls=5):
     return {name: round(statistics.median(t), 1) for name, t in times.items()}
 
 
-def tiny():
-    rng = np.random.default_rng(0)
-    rois = np.array([[0, 2.3, 2.1, 12.4, 13.2]], np.float32)
-    return {"input": rng.random((1, 8, 20, 20), dtype=np.float32), "rois": rois, "scale": 1.0, "sr": 2, "out": (7, 7)}
+def tiny(images):
+    """One box in each image."""
+    features = np.random.default_rng(0).random((images, 8, 20, 20), dtype=np.float32)
+    rois = np.array([[i, 2.3, 2.1, 12.4, 13.2] for i in range(images)], np.float32)
+    return {"input": features, "rois": rois, "scale": 1.0, "sr": 2, "out": (7, 7)}
 
 
 def ways(p):
@@ -54,6 +55,7 @@ def ways(p):
     recorded = request._replace(features=wanting[0])
     taken = operators._roi_align(*arrays, *options, None)[1]
     like = autograd.like_of(plain[0])
+    listed = [[boxes[boxes[:, 0] == i, 1:] for i in range(len(p["input"]))] for boxes in (p["rois"], plain[1])]
     output = cr.roi_align(*wanting, *options)
     grad = torch.ones_like(output)
     return {
@@ -61,6 +63,8 @@ def ways(p):
             "NumPy": lambda: cr.roi_align(*arrays, *options),
             "torch": lambda: cr.roi_align(*plain, *options),
             "torch, recording for backward": lambda: cr.roi_align(*wanting, *options),
+            "NumPy, a list of boxes": lambda: cr.roi_align(arrays[0], listed[0], *options),
+            "torch, a list of boxes": lambda: cr.roi_align(plain[0], listed[1], *options),
         },
         "of these": {
             "checks of NumPy arrays": lambda: operators._roi_align(*arrays, *options, None),
@@ -80,15 +84,17 @@ def ways(p):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=300, help="how many times ways take turns")
     parser.add_argument("--json", type=Path, help="write the times here as well")
     options = parser.parse_args()
     torch.set_num_threads(1)
     versions = {"numpy": np.__version__, "torch": torch.__version__, "python": platform.python_version()}
     report = {"processor": processor(), "versions": versions, "us, median": {}}
     print(f"{processor()}; one thread; {versions}")
-    for name, p in (("K = 1, C = 8, 7x7", tiny()), ("W5", workloads.make("W5"))):
+    measured = {"K = 1, C = 8, 7x7": tiny(1), "the same, 4 images": tiny(4), "W5": workloads.make("W5")}
+    for name, p in measured.items():
         for part, functions in ways(p).items():
-            times = report["us, median"].setdefault(name, {})[part] = us(functions)
+            times = report["us, median"].setdefault(name, {})[part] = us(functions, options.rounds)
             for way, time_ in times.items():
                 print(f"{name:18} {part:9} {way:42} {time_:8.1f} us")
     if options.json:

@@ -30,8 +30,9 @@ def crop_and_resize(
     """Cut boxes out of images and resize them to one size, corner to corner.
 
     Equivalent to ``tf.image.crop_and_resize`` and to RoIAlign.pytorch's ``CropAndResize``. Images are (N, C, H, W)
-    by the order of their axes, whatever their order in memory: pass ``image.transpose(0, 3, 1, 2)`` of a
-    (N, H, W, C) array. That is a view; it is not copied, and the crops are channels-last in memory as well.
+    by the order of their axes, whatever their order in memory: of a (N, H, W, C) array x pass
+    ``x.transpose(0, 3, 1, 2)``, of a tensor ``x.permute(0, 3, 1, 2)``. That is a view; it is not copied, and the crops
+    are channels-last in memory as well.
 
     A box is given in units of the image's side less one pixel: 0 is the centre of the first pixel and 1 that of
     the last. With H = 11 and a crop of height 3, the box y1 = 0.1, y2 = 0.5 samples the rows 1, 3 and 5. A crop of
@@ -298,7 +299,7 @@ def vjp(operator: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any
     home, request = _REQUESTS[operator](*bound.arguments.values())
     boxes = bound.arguments["boxes"]
     listed = isinstance(boxes, (list, tuple))
-    ends = list(itertools.accumulate(map(len, boxes), initial=0)) if listed else []
+    ends = list(itertools.accumulate((part.shape[0] for part in boxes), initial=0)) if listed else []
     output, pull = home.vjp(request)
 
     def pullback(grad_output: Any) -> tuple[Any, Any]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from cupy_roialign import autograd
+from cupy_roialign import autograd, tensors
 
 if TYPE_CHECKING:
     from cupy_roialign.dispatch import Request
@@ -46,12 +47,16 @@ class TensorHome:
     def join(self, boxes: list[torch.Tensor], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not boxes:
             return torch.zeros((0, 4), device=like.device), torch.zeros(0, dtype=torch.int64, device=like.device)
+        counts = [part.shape[0] for part in boxes]  # a graph records `shape`, but not `len`
+        if not self._in_graph and tensors.on_cpu(like):
+            return torch.cat(boxes), tensors.from_numpy(np.repeat(np.arange(len(boxes)), counts))
         # One by one: on a GPU torch.repeat_interleave waits, and a copy from the host's memory does, too.
-        indices = [torch.full((len(part),), i, dtype=torch.int64, device=like.device) for i, part in enumerate(boxes)]
+        indices = [torch.full((count,), i, device=like.device) for i, count in enumerate(counts)]
         return torch.cat(boxes), torch.cat(indices)
 
     def column(self, boxes: torch.Tensor) -> torch.Tensor:
-        return boxes.detach() if boxes.requires_grad else boxes  # the column is cut out later: see tensors.py
+        # The column is cut out later: see tensors.py and, for a graph, which is one for all who want gradients, ops.py.
+        return boxes if self._in_graph or not boxes.requires_grad else boxes.detach()
 
     def forward(self, request: Request) -> torch.Tensor:
         return self._family(request).crops(*request, ())

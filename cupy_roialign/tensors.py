@@ -10,6 +10,7 @@ takes longer than all else that is done here.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,10 +23,12 @@ from cupy_roialign.geometry import Rule
 
 # Over DLPack, which any two know, only where torch was built for another NumPy: it takes several microseconds more.
 _to_numpy: Callable[[torch.Tensor], np.ndarray] = np.from_dlpack
-_from_numpy: Callable[[np.ndarray], torch.Tensor] = torch.utils.dlpack.from_dlpack
+from_numpy: Callable[[np.ndarray], torch.Tensor] = torch.utils.dlpack.from_dlpack
 with contextlib.suppress(RuntimeError):
     torch.zeros(1).numpy()
-    _to_numpy, _from_numpy = torch.Tensor.numpy, torch.from_numpy
+    _to_numpy, from_numpy = torch.Tensor.numpy, torch.from_numpy
+
+on_cpu: Callable[[torch.Tensor], bool] = operator.attrgetter("is_cpu")
 
 arrays.NAMES.update({getattr(torch, name): name for name in arrays.REALS})
 
@@ -39,7 +42,7 @@ def forward(
 ) -> torch.Tensor:
     if not geometry.terms(len(directions)):
         return _zeros(features, features, (boxes.shape[0], features.shape[1], *rule.bins))
-    if _on_cpu(features):
+    if on_cpu(features):
         crops = numpy_backend.forward(
             _array(features), *_placed(_array, boxes, batch_indices), rule, [_array(rows) for rows in directions]
         )
@@ -57,7 +60,7 @@ def feature_gradient(
 ) -> torch.Tensor:
     if not geometry.terms(len(directions)):
         return _zeros(grad_output, features, features.shape)
-    if _on_cpu(grad_output):
+    if on_cpu(grad_output):
         like = arrays.Like(tuple(features.shape), arrays.strides(features), arrays.dtype_name(features))
         gradient = numpy_backend.feature_gradient(
             _array(grad_output),
@@ -82,7 +85,7 @@ def box_gradient(
 ) -> torch.Tensor:
     if not geometry.terms(len(directions) + 1):
         return boxes.new_zeros(boxes.shape)
-    if _on_cpu(grad_output):
+    if on_cpu(grad_output):
         gradient = numpy_backend.box_gradient(
             _array(grad_output),
             _array(features),
@@ -105,10 +108,6 @@ def _zeros(beside: torch.Tensor, like: torch.Tensor | arrays.Like, shape: Sequen
     return beside.new_zeros((count, height, width, channels), dtype=dtype).permute(0, 3, 1, 2)
 
 
-def _on_cpu(tensor: torch.Tensor) -> bool:
-    return tensor.is_cpu
-
-
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """Without autograd, and with each element in memory as it is."""
     tensor = tensor.detach() if tensor.requires_grad else tensor
@@ -129,8 +128,18 @@ def _placed(take: Callable[[torch.Tensor], Any], boxes: torch.Tensor, batch_indi
 
 
 def _tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
-    tensor = _from_numpy(array)
+    tensor = from_numpy(array)
     return tensor if arrays.dtype_name(array) == dtype else tensor.to(getattr(torch, dtype))
+
+
+class _Stream:
+    """A stream of torch's, by the protocol that CuPy 14 knows and torch 2.4 does not."""
+
+    def __init__(self, pointer: int):
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer  # the protocol's version comes first
 
 
 class _CudaBackend(gpu_backend.GpuBackend):
@@ -141,7 +150,12 @@ class _CudaBackend(gpu_backend.GpuBackend):
 
         if not problems.finds_gpu(cupy):
             raise RuntimeError(f"tensors are on {array.device}, and {problems.no_gpu_here()}")
-        with cupy.cuda.Device(array.device.index), cupy.cuda.ExternalStream(self.stream(array)):
+        pointer = self.stream(array)
+        if hasattr(cupy.cuda.Stream, "from_external"):
+            stream = cupy.cuda.Stream.from_external(_Stream(pointer))
+        else:  # CuPy 13; 14 warns of it
+            stream = cupy.cuda.ExternalStream(pointer)
+        with cupy.cuda.Device(array.device.index), stream:
             yield
 
     def stream(self, array: torch.Tensor) -> int:

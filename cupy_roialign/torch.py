@@ -13,6 +13,7 @@ is copied, and the crops lie channels-last in memory, so that ``crops.permute(0,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
@@ -49,7 +50,16 @@ def roi_align(
     return operators.roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned)
 
 
-class RoIAlign(torch.nn.Module):
+class NotScripted(torch.nn.Module):
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by torch.jit.script for a module, and for those within one."""
+        raise NotImplementedError(
+            f"torch.jit.script cannot take {type(self).__module__}.{type(self).__name__}; use torch.jit.trace, "
+            f"torch.compile or torch.export, which record it as an operator"
+        )
+
+
+class RoIAlign(NotScripted):
     """RoIAlign.pytorch's module: `cupy_roialign.roi_crop` of boxes ``x1, y1, x2, y2`` in pixels of the features.
 
     Not torchvision's module of that name, whose function is `roi_align` here.
@@ -83,7 +93,7 @@ class RoIAlign(torch.nn.Module):
         )
 
 
-class CropAndResize(torch.nn.Module):
+class CropAndResize(NotScripted):
     """RoIAlign.pytorch's module: `cupy_roialign.crop_and_resize` of normalised boxes ``y1, x1, y2, x2``."""
 
     def __init__(self, crop_height: int, crop_width: int, extrapolation_value: float = 0) -> None:

@@ -45,7 +45,7 @@ def roi_align(
     return crt.roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned)
 
 
-class RoIAlign(torch.nn.Module):
+class RoIAlign(crt.NotScripted):
     """``torchvision.ops.RoIAlign``."""
 
     def __init__(

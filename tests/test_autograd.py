@@ -9,7 +9,6 @@ import pytest
 
 import cupy_roialign as cr
 from cupy_roialign import numpy_backend
-from tests.backends import EmulatedTorchBackend
 from tests.test_gradients import CALLS
 
 torch = pytest.importorskip("torch")
@@ -18,15 +17,6 @@ autograd = pytest.importorskip("cupy_roialign.autograd")
 BOXES = torch.tensor([[1.31, 0.72, 8.25, 6.18], [2.2, 1.6, 4.4, 5.9]], dtype=torch.float64)
 INDICES = torch.tensor([0, 1])
 SMALL = [name for name in CALLS if "large" not in name]
-
-
-@pytest.fixture(params=["cpu", "emulated"])
-def place(request):
-    """On the CPU, and through the kernels on the emulated device."""
-    if request.param == "cpu":
-        return contextlib.nullcontext
-    request.getfixturevalue("emulated")
-    return EmulatedTorchBackend().device
 
 
 def features(channels=2, dtype=torch.float64):
@@ -125,6 +115,17 @@ def test_hessian_of_a_loss_on_boxes(way):
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_double_backward_to_features_is_the_forward_again(calls):
+    """They are linear in the features, so that nothing else is to be done."""
+    f, grad = features().requires_grad_(), torch.ones(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(crop(f, BOXES), f, grad, create_graph=True)
+    assert calls == ["forward", "feature_gradient"]
+    cotangent = features().flip(3)
+    (actual,) = torch.autograd.grad(gradient, grad, cotangent)
+    assert calls == ["forward", "feature_gradient", "forward"]
+    torch.testing.assert_close(actual, cr.roi_crop(cotangent, BOXES, INDICES, 3))
+
+
 def test_a_gradient_penalty():
     """The gradient to the boxes, itself differentiated to features and boxes."""
 
@@ -188,7 +189,8 @@ def test_vmap(what, dims, calls):
     ]
     calls.clear()
     actual = torch.func.vmap(function, in_dims=dims)(f, b)
-    assert len(calls) == len(set(calls)) <= 3  # each at most once, whatever the batch
+    backward = {"crops": [], "gradients": ["feature_gradient", "box_gradient"], "jacobian": ["box_gradient"]}
+    assert calls == ["forward", *backward[what]]  # each once, whatever the batch
     if what == "gradients":
         for a, parts in zip(actual, zip(*expected, strict=True), strict=True):
             torch.testing.assert_close(a, torch.stack(parts))
@@ -211,6 +213,34 @@ def test_vmap_of_boxes_with_their_batch_index():
     f = batched(features())
     expected = torch.stack([function(f[n], rows[n]) for n in range(BATCH)])
     torch.testing.assert_close(torch.func.vmap(function)(f, rows), expected, rtol=0, atol=0)
+
+
+TRANSFORMS = {
+    "grad": lambda function, first, last: torch.func.grad(function, argnums=(0, 1))(first, last),
+    "jacrev": lambda function, first, last: torch.func.jacrev(function, argnums=(0, 1))(first, last),
+    "hessian": lambda function, first, last: torch.func.hessian(function, argnums=(0, 1))(first, last),
+    "jvp": lambda function, first, last: torch.func.jvp(function, (first, last), (last, first)),
+    "vmap": lambda function, first, last: torch.func.vmap(function)(batched(first), batched(last)),
+    "vmap of one": lambda function, first, last: torch.func.vmap(function, in_dims=(0, None))(batched(first), last),
+    "is_grads_batched": lambda function, first, last: torch.autograd.functional.jacobian(
+        function, (first, last), vectorize=True
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_a_list_of_boxes(name):
+    """As of all boxes at once."""
+    f, (first, last) = FEATURES[:, :, :5, :6], (BOXES / 2).split(1)
+    reduce = torch.sum if name in ("grad", "hessian") else torch.ravel
+
+    def listed(first, last):
+        return reduce(cr.roi_align(f, [first, last], 2, 1.0, 2).square())
+
+    def joined(first, last):
+        return reduce(cr.roi_align(f, torch.cat([first, last]), 2, 1.0, 2, batch_indices=INDICES).square())
+
+    assert_same(TRANSFORMS[name](listed, first, last), TRANSFORMS[name](joined, first, last))
 
 
 @pytest.mark.parametrize("index", [-1, 2])

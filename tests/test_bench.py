@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -279,3 +280,36 @@ def test_crop_and_resize_is_on_the_same_boxes():
     np.testing.assert_array_equal(steps["forward"](), expected)
     for step, gradient in zip(("feature gradient", "box gradient"), pullback(p["cotangent"]), strict=True):
         np.testing.assert_array_equal(steps[step](), gradient)
+
+
+# ---- python -m benchmarks.overhead ----
+
+OVERHEAD = ROOT / "benchmarks" / "results" / "overhead.json"
+
+
+def overhead(path):
+    return json.loads(path.read_text())["us, median"]
+
+
+def test_overhead(tmp_path):
+    """It runs, and what is stored is of the same calls."""
+    pytest.importorskip("torch")
+    command = [sys.executable, "-m", "benchmarks.overhead", "--rounds", "1", "--json", tmp_path / "found.json"]
+    subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, check=True)
+    found = overhead(tmp_path / "found.json")
+    for name, parts in overhead(OVERHEAD).items():
+        for part, times in parts.items():
+            assert times.keys() <= found[name][part].keys()
+
+
+def test_overhead_is_what_is_said_and_promised():
+    """A forward that autograd does not record takes at most 60 us more on tensors."""
+    times = [parts["forward"] for parts in overhead(OVERHEAD).values()]
+    found = []
+    for way in ("torch", "torch, recording for backward"):
+        over = [round(of[way] - of["NumPy"]) for of in times]
+        found += [min(over), max(over)]
+    assert found[1] <= 60
+    said = r"took (\d+) to (\d+) µs more than the same on arrays, and (\d+) to (\d+) µs where autograd records"
+    (numbers,) = re.findall(said, " ".join((ROOT / "README.md").read_text().split()))
+    assert [*map(int, numbers)] == found

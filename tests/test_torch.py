@@ -2,7 +2,9 @@
 
 import copy
 import inspect
+import io
 import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from tests import tolerance
 
 torch = pytest.importorskip("torch")
 crt = pytest.importorskip("cupy_roialign.torch")
+torchvision = pytest.importorskip("cupy_roialign.torchvision")
 
 BOXES = torch.tensor([[1.31, 0.72, 8.25, 6.18], [2.2, 1.6, 4.4, 5.9]])
 INDICES = torch.tensor([0, 1], dtype=torch.int32)
@@ -92,7 +95,7 @@ def test_memory_is_shared_and_not_copied(bridge, monkeypatch):
     """Over DLPack where torch and NumPy were not made for each other."""
     if bridge == "DLPack":
         monkeypatch.setattr(tensors, "_to_numpy", np.from_dlpack)
-        monkeypatch.setattr(tensors, "_from_numpy", torch.utils.dlpack.from_dlpack)
+        monkeypatch.setattr(tensors, "from_numpy", torch.utils.dlpack.from_dlpack)
     seen = {}
     original = numpy_backend.forward
 
@@ -106,6 +109,32 @@ def test_memory_is_shared_and_not_copied(bridge, monkeypatch):
         output = cr.roi_crop(tensor.requires_grad_(), BOXES, INDICES, 3)
         assert seen["features"] == tensor.data_ptr()
         assert seen["output"].__array_interface__["data"][0] == output.data_ptr()
+
+
+@pytest.mark.parametrize("text", [crt.__doc__, crt.crop_and_resize.__doc__], ids=["module", "function"])
+def test_the_recipe_for_nhwc(text):
+    recipe = "x.permute(0, 3, 1, 2)"
+    assert f"``{recipe}``" in text
+    crops = cr.crop_and_resize(eval(recipe, {"x": torch.rand(2, 8, 11, 3)}), BOXES / 10, INDICES, 3)
+    assert crops.permute(0, 2, 3, 1).is_contiguous()
+
+
+def test_a_call_on_tensors_is_one_on_arrays_and_nothing_else():
+    """What torch is asked for, counted: to take the arrays that tensors are, and to make one of the result."""
+
+    def asked(function):
+        function()
+        with torch.autograd.profiler.profile() as profile:
+            function()
+        return sorted(event.name for event in profile.function_events if event.name.startswith("aten::"))
+
+    tensor, rows = features(), torch.cat([INDICES[:, None].to(BOXES.dtype), BOXES], 1)
+    output = np.ones((2, 3, 3, 3), np.float32)
+    take, make = tensors._to_numpy, tensors.from_numpy
+    expected = asked(lambda: (take(tensor), take(rows), make(output)))
+    assert asked(lambda: crt.roi_align(tensor, rows, 3)) == expected
+    expected = asked(lambda: (take(tensor), take(BOXES), take(INDICES), make(output)))
+    assert asked(lambda: cr.roi_crop(tensor, BOXES, INDICES, 3)) == expected
 
 
 def test_channels_last_stays():
@@ -134,12 +163,25 @@ def test_only_the_gradients_that_are_wanted_are_computed(wanted, monkeypatch):
     assert calls == [n for n, w in zip(["feature_gradient", "box_gradient"], wanted, strict=True) if w]
 
 
-def test_no_graph_without_grad():
-    tensor = features().requires_grad_()
-    with torch.no_grad():
-        assert cr.roi_crop(tensor, BOXES, INDICES, 3).grad_fn is None
-    with torch.inference_mode():
-        assert cr.roi_crop(tensor, BOXES, INDICES, 3).is_inference()
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_kept_without_grad(mode, place):
+    kept = []
+    boxes = BOXES.clone().requires_grad_()
+    rows = torch.cat([INDICES[:, None].to(boxes.dtype), BOXES], 1).requires_grad_()
+    leaf = features().requires_grad_()
+    with place(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
+        with mode():
+            tensor = leaf * 1
+            outputs = [cr.roi_crop(tensor, boxes, INDICES, 3)]
+            outputs += [crt.roi_align(tensor, given, 3) for given in (rows, [boxes[:1], boxes[1:]])]
+            memory = weakref.ref(tensor)
+            del tensor
+        assert all(output.grad_fn is None and not output.requires_grad for output in outputs)
+        assert all(output.is_inference() for output in outputs) == (mode is torch.inference_mode)
+        assert memory() is None
+        assert not kept
+        cr.roi_crop(leaf, boxes, INDICES, 3)
+        assert kept  # that they are seen
 
 
 def test_tensors_without_memory():
@@ -192,6 +234,61 @@ def test_expanded_negated_and_transposed_tensors():
     torch.testing.assert_close(cr.roi_crop(turned, BOXES, INDICES, 3), cr.roi_crop(features(), BOXES, INDICES, 3))
 
 
+VIEWS = {
+    "one image": lambda t: t[:1].expand(2, -1, -1, -1),
+    "one channel": lambda t: t[:, :1].expand(-1, 3, -1, -1),
+    "one pixel": lambda t: t[:, :, :1, :1].expand(-1, -1, 8, 11),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "channels-last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "sliced": lambda t: t.repeat_interleave(2, 3)[:, :, :, 1::2],
+    "of a larger one": lambda t: torch.nn.functional.pad(t, (2, 3, 1, 1))[:, :, 1:-1, 2:-3],
+}
+
+
+@pytest.mark.parametrize("of", ["features", "gradients"])
+@pytest.mark.parametrize("view", VIEWS)
+def test_gradients_through_views(view, of, place):
+    """Of views that are no leaves; boxes and indices have strides of zero."""
+
+    def run(lay_out):
+        leaf, edges = features().requires_grad_(), BOXES[:1].clone().requires_grad_()
+        given = lay_out(VIEWS[view](leaf) if of == "features" else leaf)
+        boxes, indices = lay_out(edges.expand(2, 4)), lay_out(INDICES[1:].expand(2))
+        crops = cr.roi_crop(given, boxes, indices, (8, 11))
+        grad = lay_out(VIEWS[view](features()) if of == "gradients" else features())
+        return [crops, *torch.autograd.grad(crops, (leaf, edges), grad)]
+
+    with place():
+        actual, expected = run(lambda tensor: tensor), run(lambda tensor: tensor.contiguous())
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_memory_order_of_every_gradient(layout, place):
+    """Of the second order, too."""
+    f = features().contiguous(memory_format=layout).requires_grad_()
+    boxes = BOXES.clone().requires_grad_()
+    with place():
+        crops = cr.roi_crop(f, boxes, INDICES, 3)
+        to_features, to_boxes = torch.autograd.grad(crops, (f, boxes), torch.ones(2, 3, 3, 3), create_graph=True)
+        (mixed,) = torch.autograd.grad(to_boxes.square().sum(), f)
+    for tensor in (crops, to_features, mixed):
+        assert tensor.is_contiguous(memory_format=layout)
+
+
+def test_what_is_kept_must_not_change():
+    rows = torch.cat([INDICES[:, None].to(BOXES.dtype), BOXES], 1)
+    for changed in ("features", "boxes"):
+        f, boxes = features(), rows.clone()
+        wanted = boxes if changed == "features" else f
+        wanted.requires_grad_()
+        output = crt.roi_align(f, boxes, 3)
+        (f if changed == "features" else boxes).add_(0.25)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
 def test_parameters_and_non_leaf_views():
     parameter = torch.nn.Parameter(features())
     (cr.roi_crop(parameter * 2, BOXES, INDICES, 3)[:, 1:]).sum().backward()
@@ -209,13 +306,47 @@ def test_devices():
         cr.roi_crop(features().to("meta"), BOXES.to("meta"), INDICES.to("meta"), 3)
 
 
-@pytest.mark.parametrize("module", [crt.RoIAlign(7, 5, 0.5, False), crt.CropAndResize(7, 5, 0.5)])
-def test_modules_copy_pickle_and_print(module):
-    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert vars(other).keys() == vars(module).keys()
-        assert (other.crop_height, other.crop_width, other.extrapolation_value) == (7, 5, 0.5)
-    assert "crop_height=7, crop_width=5, extrapolation_value=0.5" in repr(module)
+MODULES = {
+    "RoIAlign(crop_height=7, crop_width=5, extrapolation_value=0.5, transform_fpcoor=False)": (
+        crt.RoIAlign(7, 5, 0.5, False),
+        (BOXES, INDICES),
+    ),
+    "CropAndResize(crop_height=7, crop_width=5, extrapolation_value=0.5)": (
+        crt.CropAndResize(7, 5, 0.5),
+        (BOXES / 10, INDICES),
+    ),
+    "RoIAlign(output_size=(7, 5), spatial_scale=0.5, sampling_ratio=2, aligned=True)": (
+        torchvision.RoIAlign((7, 5), 0.5, 2, True),
+        ([BOXES[:1], BOXES[1:]],),
+    ),
+}
+
+
+def saved_and_loaded(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "save": saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("text", MODULES)
+def test_modules_copy_pickle_and_print(text, way):
+    module, boxes = MODULES[text]
+    assert repr(module) == text
     assert module.state_dict() == {}
+    other = COPIES[way](torch.nn.Sequential(module))[0]
+    assert other is not module
+    assert repr(other) == text
+    assert torch.equal(other(features(), *boxes), module(features(), *boxes))
+    other.load_state_dict(module.state_dict())
 
 
 def test_a_program_written_for_the_seed():

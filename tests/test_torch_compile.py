@@ -1,6 +1,7 @@
 """torch.compile, torch.export and torch.library: the operators in a graph give what they give in eager mode."""
 
 import copy
+import io
 import itertools
 import subprocess
 import sys
@@ -8,12 +9,15 @@ import sys
 import pytest
 
 import cupy_roialign as cr
+from cupy_roialign import numpy_backend
 
 torch = pytest.importorskip("torch")
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 
 crt = pytest.importorskip("cupy_roialign.torch")
+torchvision = pytest.importorskip("cupy_roialign.torchvision")
 
 INDICES = torch.tensor([0, 1])
 BOXES = torch.tensor([[1.31, 0.72, 8.25, 6.18], [2.2, 1.6, 4.4, 5.9]])
@@ -105,15 +109,25 @@ def test_inductor(layout):
         assert a.stride() == b.stride()
 
 
-def test_no_compilation_for_another_number_of_boxes_or_images():
-    def function(f, b, i):
-        return cr.roi_align(f, b, 3, 0.5, 2, batch_indices=i).square().sum()
+WAYS = {
+    "indices": lambda f, b, i: cr.roi_align(f, b, 3, 0.5, 2, batch_indices=i),
+    "rows": lambda f, b, i: crt.roi_align(f, torch.cat([i[:, None].to(b.dtype), b], 1), 3, 0.5, 2),
+    "a list": lambda f, b, i: crt.roi_align(f, [b, b[1:] + 1, b[2:]], 3, 0.5, 2),
+}
 
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("way", WAYS)
+def test_no_compilation_for_another_number_of_boxes_or_images(way, backend):
+    def function(f, b, i):
+        return WAYS[way](f, b, i).square().sum()
+
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(function, fullgraph=True, backend=counter, dynamic=True)
     generator = torch.Generator().manual_seed(1)
     compilations = set()
-    for count, images, side in ((2, 3, 8), (7, 3, 8), (30, 2, 9), (4, 5, 20)):
+    for count, images, side in ((6, 3, 8), (7, 3, 8), (30, 2, 9), (5, 5, 20)):
+        images = 3 if way == "a list" else images
         f = torch.rand(images, 4, side, side + 2, generator=generator).requires_grad_()
         b = (torch.rand(count, 4, generator=generator) * 10).requires_grad_()
         i = torch.randint(0, images, (count,), generator=generator)
@@ -123,6 +137,79 @@ def test_no_compilation_for_another_number_of_boxes_or_images():
         compilations.add(counter.frame_count)
     assert len(compilations) == 1
     assert compilations != {0}
+
+
+class Kept(torch.nn.Module):
+    """Crops of the boxes that a score lets through, of which nobody knows how many there will be."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way = WAYS[way]
+
+    def forward(self, f, b, i, scores):
+        kept = torch.nonzero(scores > 0.5)[:, 0]
+        return self.way(f, b[kept], i[kept])
+
+
+SCORES = (torch.tensor([0.9, 0.1, 0.8, 0.7]), torch.tensor([0.1, 0.6, 0.6, 0.9]), torch.full((4,), 0.9))
+
+
+def some_boxes():
+    f = torch.rand(3, 4, 8, 11, generator=torch.Generator().manual_seed(0))
+    return f.requires_grad_(), BOXES.repeat(2, 1).add(torch.arange(4)[:, None] / 3).requires_grad_()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_number_of_boxes_that_only_the_data_know(way, backend):
+    f, b = some_boxes()
+    i = torch.tensor([0, 1, 2, 1])
+    counter = CompileCounterWithBackend(backend)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(Kept(way), fullgraph=True, backend=counter)
+        for scores in SCORES:
+            compare = with_gradients(lambda f, b: compiled(f, b, i, scores), f, b)  # noqa: B023
+            for x, y in zip(compare, with_gradients(lambda f, b: Kept(way)(f, b, i, scores), f, b), strict=True):  # noqa: B023
+                torch.testing.assert_close(x, y)
+        assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("way", ["compiled", "an operator"])
+def test_a_graph_computes_and_keeps_only_what_is_wanted(way, wanted, monkeypatch):
+    calls = []
+    for name in ("forward", "feature_gradient", "box_gradient"):
+        original = getattr(numpy_backend, name)
+        monkeypatch.setattr(
+            numpy_backend, name, lambda *args, _name=name, _original=original: calls.append(_name) or _original(*args)
+        )
+    f, b = (tensor.detach().requires_grad_(want) for tensor, want in zip(inputs(), wanted, strict=True))
+    function = torch.compile(FUNCTIONS["roi_crop"], fullgraph=True, backend="aot_eager")
+    if way == "an operator":
+        function = lambda f, b: torch.ops.cupy_roialign.crops(f, b, INDICES, None, *RULE)  # noqa: E731
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor.shape) or tensor, lambda kept: kept
+    ):
+        output = function(f, b)
+    output.sum().backward()
+    assert calls == ["forward", *["feature_gradient"] * wanted[0], *["box_gradient"] * wanted[1]]
+    assert (f.shape in kept) == wanted[1]  # features are kept for the gradient to the boxes only
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_in_a_graph(dtype):
+    layer = torch.nn.Conv2d(5, 4, 1)
+
+    def function(f, b):
+        with torch.autocast("cpu", dtype):
+            return FUNCTIONS["roi_align"](layer(f), b)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected = with_gradients(function, *inputs())
+    assert expected[0].dtype == dtype
+    for x, y in zip(with_gradients(compiled, *inputs()), expected, strict=True):
+        assert torch.equal(x, y)
 
 
 def test_arguments_that_change_between_calls():
@@ -163,6 +250,36 @@ def test_tracers_record_the_operator():
     for program in traced:
         other = (f + 1, b + 0.5, 1 - INDICES)
         assert torch.equal(program(*other), function(*other))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("way", WAYS)
+def test_a_trace_is_saved_and_loaded(way):
+    """For other numbers of boxes and images too, gradients included."""
+    f, b = some_boxes()
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(WAYS[way], (f, b, torch.tensor([0, 1, 2, 1]))), file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    f, b = torch.rand(3, 2, 9, 9).requires_grad_(), (torch.rand(9, 4) * 9).requires_grad_()
+    i = torch.arange(9) % 3
+    expected = with_gradients(lambda f, b: WAYS[way](f, b, i), f, b)
+    for actual, wanted in zip(with_gradients(lambda f, b: loaded(f, b, i), f, b), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("module", [crt.RoIAlign(3, 4), crt.CropAndResize(3, 4), torchvision.RoIAlign((3, 4), 0.9, 2)])
+def test_modules_say_that_they_are_traced_and_not_scripted(module):
+    f, b = (tensor.detach() for tensor in inputs())
+    given = (f, torch.cat([INDICES[:, None], b], 1)) if isinstance(module, torchvision.RoIAlign) else (f, b, INDICES)
+    for model in (module, torch.nn.Sequential(module)):
+        with pytest.raises(
+            NotImplementedError, match=rf"{type(module).__module__}.*; use torch\.jit\.trace, torch\.compile"
+        ):
+            torch.jit.script(model)
+    traced = torch.jit.trace(module, given)
+    assert torch.equal(traced(*given), module(*given))
 
 
 def test_tracers_record_vjp():
@@ -293,6 +410,16 @@ def test_export():
         assert any("cupy_roialign" in str(node.target) for node in program.graph.nodes)
         boxes, indices = b.repeat(5, 1), INDICES.repeat(5)
         torch.testing.assert_close(program.module()(f, boxes, indices), Head()(f, boxes, indices), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_export_of_a_number_of_boxes_that_only_the_data_know(way, strict):
+    f, b = (tensor.detach() for tensor in some_boxes())
+    i = torch.tensor([0, 1, 2, 1])
+    program = torch.export.export(Kept(way), (f, b, i, SCORES[0]), strict=strict).module()
+    for scores in SCORES:
+        assert torch.equal(program(f, b, i, scores), Kept(way)(f, b, i, scores))
 
 
 def test_export_is_saved_and_loaded(tmp_path):

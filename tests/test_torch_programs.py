@@ -42,8 +42,13 @@ def test_autocast_leaves_dtypes_as_they_are(dtype):
     crops.float().sum().backward()
     assert made.grad.dtype == dtype
     assert boxes.grad.dtype == layer.weight.grad.dtype == torch.float32
-    exact = cr.roi_align(made.detach().float(), BOXES, 3, batch_indices=INDICES)
-    torch.testing.assert_close(crops.detach(), exact.to(dtype))
+    # computed in float32, and rounded once
+    exact = (made.detach().float().requires_grad_(), BOXES.clone().requires_grad_())
+    expected = cr.roi_align(*exact, 3, batch_indices=INDICES)
+    expected.sum().backward()
+    assert torch.equal(crops, expected.to(dtype))
+    assert torch.equal(made.grad, exact[0].grad.to(dtype))
+    torch.testing.assert_close(boxes.grad, exact[1].grad)
 
 
 def test_a_batch_index_that_16_bits_do_not_hold():
@@ -56,20 +61,24 @@ def test_a_batch_index_that_16_bits_do_not_hold():
 # ---- reproducibility ----
 
 
-def test_deterministic_algorithms_change_nothing():
+def test_deterministic_algorithms_change_nothing(place):
     def run():
         f, b = features().requires_grad_(), BOXES.clone().requires_grad_()
-        output = cr.roi_crop(f, b, INDICES, 5)
-        return [output, *torch.autograd.grad(output.square().sum(), (f, b))]
+        rows = torch.cat([INDICES[:, None].to(b.dtype), b], 1)
+        outputs = [cr.roi_crop(f, b, INDICES, 5), crt.roi_align(f, rows, 5), crt.roi_align(f, [b[:1], b[1:]], 5)]
+        several = [grad for output in outputs for grad in torch.autograd.grad(output.square().sum(), (f, b))]
+        batched = torch.func.vmap(lambda f: cr.roi_crop(f, BOXES, INDICES, 5))(torch.stack([f, 2 * f]))
+        return [*outputs, *several, batched]
 
-    before = run()
-    torch.use_deterministic_algorithms(True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            after = run()
-    finally:
-        torch.use_deterministic_algorithms(False)
+    with place():
+        before = run()
+        torch.use_deterministic_algorithms(True)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                after = run()
+        finally:
+            torch.use_deterministic_algorithms(False)
     for a, b in zip(before, after, strict=True):
         assert torch.equal(a, b)
 

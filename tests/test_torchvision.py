@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import re
+import subprocess
 import sys
 
 import pytest
@@ -138,6 +140,18 @@ def test_patch_is_undone_after_an_error(torchvision):
     with pytest.raises(RuntimeError), ops.patch():
         raise RuntimeError
     assert calls(torchvision) == ["theirs"] * 4
+
+
+def test_torchvision_is_needed_by_patch_only():
+    program = (
+        "import sys\nsys.modules['torchvision'] = None\n"
+        "import torch, cupy_roialign.torchvision as ops\n"
+        "print(ops.RoIAlign(1, 1.0, 2)(torch.ones(1, 1, 4, 4), [torch.ones(1, 4)]).item())\n"
+        "ops.patch()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "1.0\n"
+    assert re.match("ModuleNotFoundError: .*torchvision", done.stderr.splitlines()[-1])
 
 
 def test_a_model_of_torchvision():
