@@ -12,6 +12,7 @@ import hashlib
 import mmap
 import operator
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -324,14 +325,19 @@ cuda.is_available = lambda: True  # type: ignore[attr-defined]
 
 # ---- kernels ----
 
-_ENTRY = """
+_KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(.*?\) )?(\w+)\(const Arguments')
+
+_ENTRIES = """
 static Arguments arguments;
-static void run() {{ {name}(arguments); }}
-extern "C" const char* emulate(const void* from, long long blocks, int threads, unsigned seed) {{
+extern "C" unsigned long size_of_arguments() { return sizeof(Arguments); }
+"""
+
+_ENTRY = """
+static void run_NAME() { NAME(arguments); }
+extern "C" const char* emulate_NAME(const void* from, long long blocks, int threads, unsigned seed) {
     memcpy(&arguments, from, sizeof arguments);
-    return emulation::launch(run, blocks, threads, seed);
-}}
-extern "C" unsigned long size_of_arguments() {{ return sizeof(Arguments); }}
+    return emulation::launch(run_NAME, blocks, threads, seed);
+}
 """
 
 
@@ -361,8 +367,10 @@ class RawKernel:
         host = code.replace(kernels.read("device.cuh"), HOST.read_text())
         if host == code:
             raise RuntimeError("the source does not begin with device.cuh")
-        library = compile_for_host(host + _ENTRY.format(name=name))
-        self._emulate = library.emulate
+        # One library for all kernels of a source: to make one takes a second.
+        entries = [_ENTRY.replace("NAME", found) for found in _KERNEL.findall(code)]
+        library = compile_for_host(host + _ENTRIES + "".join(entries))
+        self._emulate = getattr(library, f"emulate_{name}")
         self._emulate.restype = ctypes.c_char_p
         self._emulate.argtypes = [ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_uint]
         library.size_of_arguments.restype = ctypes.c_ulong
