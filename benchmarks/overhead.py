@@ -13,6 +13,7 @@ for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"): 
 import argparse
 import json
 import platform
+import random
 import statistics
 import time
 from pathlib import Path
@@ -29,8 +30,11 @@ from cupy_roialign import autograd, numpy_backend, operators, ops, tensors
 def us(functions, rounds, calls=5):
     """{name: median microseconds} of functions that take turns."""
     times = {name: [] for name in functions}
+    order, names = random.Random(0), list(functions)  # who comes after whom matters
     for round_ in range(rounds + 20):
-        for name, function in functions.items():
+        order.shuffle(names)
+        for name in names:
+            function = functions[name]
             start = time.perf_counter()
             for _ in range(calls):
                 function()
@@ -50,7 +54,7 @@ def ways(p):
     options = (p["out"], p["scale"], p["sr"], True)
     arrays = (p["input"], p["rois"])
     plain = tuple(map(torch.from_numpy, arrays))
-    wanting = (plain[0].clone().requires_grad_(), plain[1])
+    wanting = (plain[0].detach().requires_grad_(), plain[1])  # the same memory: another would not be in the cache
     request = operators._roi_align(*plain, *options, None)[1]
     recorded = request._replace(features=wanting[0])
     taken = operators._roi_align(*arrays, *options, None)[1]

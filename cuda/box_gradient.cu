@@ -1,8 +1,6 @@
 // The gradient to the boxes. A block works on a tile of one box's bins, for some of its channels: each thread adds up its
 // share of the outputs, the shares are added in a fixed order, and then, by another kernel, those of a box's blocks.
 
-const int SUMS = 4;  // derivatives to start and bin, along y and along x
-
 // Adds shares of `width` neighbours up into the first of them.
 template <int width>
 DEVICE void add_up(Compute (*shares)[THREADS]) {

@@ -121,7 +121,7 @@ class GpuBackend(abc.ABC):
             gradient = self.empty(tuple(boxes.shape), kernels.box_name(arrays.dtype_name(boxes)), features)
             work = self._work(features, grad, boxes, batch_indices, directions, rule)
             tiling = kernels.Tiling.of(rule.bins, features.shape[1], work.types, len(boxes))
-            shares = self.empty((len(boxes), tiling.blocks, 4), work.types.compute, features)
+            shares = self.empty((len(boxes), tiling.blocks, kernels.SUMS), work.types.compute, features)
             self._launch("box_gradient", len(boxes) * tiling.blocks, work, tiling, gradient, shares)
             self._launch("box_gradient_sum", -(-len(boxes) // kernels.BOXES_A_BLOCK), work, tiling, gradient, shares)
             return self.cast(gradient, arrays.dtype_name(boxes))

@@ -55,6 +55,9 @@ MOST_TILE = 16
 BOXES_A_BLOCK = 8
 """Whose shares of the gradient to boxes a block adds up."""
 
+SUMS = 4
+"""Of each: derivatives to start and bin, along y and along x."""
+
 FEW_BINS = 8
 """That side where there are channels enough to make up for it."""
 
@@ -333,6 +336,7 @@ def source(name: str, types: Types) -> str:
         f"#define BLOCKS {types.blocks}\n"
         f"#define MOST_TILE {MOST_TILE}\n"
         f"#define BOXES_A_BLOCK {BOXES_A_BLOCK}\n"
+        f"#define SUMS {SUMS}\n"
     )
     files = ["geometry.cuh", "arguments.cuh", *INCLUDES.get(KERNELS[name], ()), KERNELS[name]]
     return "\n".join([read("device.cuh"), definitions, *map(read, files)])

@@ -157,7 +157,9 @@ def _function(module: int, name: bytes, function: int) -> None:
 @_answered(LAUNCH_FAILED)
 def _launch(function: int, sizes: Any, arguments: Any) -> None:
     key, name = _functions[function]
-    text = _texts.get(key) or _kept(key)
+    if key not in _texts:
+        raise LookupError("a kernel from the cache on disk, whose source is not known: empty CUPY_CACHE_DIR")
+    text = _texts[key]
     if name.startswith("cupy_copy__"):
         _copy(text, name, arguments)
         return
@@ -168,10 +170,6 @@ def _launch(function: int, sizes: Any, arguments: Any) -> None:
         raise ValueError(f"{name}: grid and block must have one dimension; got {grid} and {block}")
     memory = (ctypes.c_char * kernels.ARGUMENTS.itemsize).from_address(arguments[0])
     _emulated(text, name)(grid[:1], block[:1], (np.ndarray((), kernels.ARGUMENTS, memory),))
-
-
-def _kept(key: bytes) -> str:
-    raise LookupError("a kernel from the cache on disk, whose source is not known: empty CUPY_CACHE_DIR")
 
 
 _kernels: dict[tuple[str, str], device.RawKernel] = {}
