@@ -24,7 +24,7 @@ import torch
 import cupy_roialign as cr
 from benchmarks import workloads
 from benchmarks.measure import processor
-from cupy_roialign import autograd, numpy_backend, operators, ops, tensors
+from cupy_roialign import autograd, bridge, numpy_backend, operators, ops, tensors
 
 
 def us(functions, rounds, calls=5):
@@ -50,18 +50,34 @@ def tiny(images):
     return {"input": features, "rois": rois, "scale": 1.0, "sr": 2, "out": (7, 7)}
 
 
+class Nothing(torch.autograd.Function):
+    """The least that torch takes to record a function written in Python."""
+
+    @staticmethod
+    def forward(features):
+        return features.new_empty(())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
 def ways(p):
     options = (p["out"], p["scale"], p["sr"], True)
     arrays = (p["input"], p["rois"])
     plain = tuple(map(torch.from_numpy, arrays))
     wanting = (plain[0].detach().requires_grad_(), plain[1])  # the same memory: another would not be in the cache
-    request = operators._roi_align(*plain, *options, None)[1]
-    recorded = request._replace(features=wanting[0])
     taken = operators._roi_align(*arrays, *options, None)[1]
+    recorded = operators._roi_align(*wanting, *options, None)[1]
     like = autograd.like_of(plain[0])
     listed = [[boxes[boxes[:, 0] == i, 1:] for i in range(len(p["input"]))] for boxes in (p["rois"], plain[1])]
     output = cr.roi_align(*wanting, *options)
     grad = torch.ones_like(output)
+    crops = output.detach().numpy()
     return {
         "forward": {
             "NumPy": lambda: cr.roi_align(*arrays, *options),
@@ -71,16 +87,19 @@ def ways(p):
             "torch, a list of boxes": lambda: cr.roi_align(plain[0], listed[1], *options),
         },
         "of these": {
-            "checks of NumPy arrays": lambda: operators._roi_align(*arrays, *options, None),
+            "checks of arrays": lambda: operators._roi_align(*arrays, *options, None),
             "checks of tensors": lambda: operators._roi_align(*plain, *options, None),
-            "the work, on NumPy arrays": lambda: numpy_backend.forward(*taken),
-            "the work, on tensors": lambda: tensors.forward(*request),
+            "checks of tensors to be recorded": lambda: operators._roi_align(*wanting, *options, None),
+            "from tensors to arrays and back (DLPack)": lambda: (*map(bridge.memory, plain), bridge.tensor(crops)),
+            "the work, on arrays": lambda: numpy_backend.forward(*taken),
+            "the work, on tensors": lambda: tensors.forward(*recorded),
             "the work, in an autograd Function": lambda: autograd.EAGER.crops(*recorded, ()),
-            "the work, in an operator of torch.library": lambda: ops.FAMILY.crops(*request, ()),
+            "the work, in an operator of torch.library": lambda: ops.FAMILY.crops(*recorded, ()),
+            "an autograd Function that does nothing": lambda: Nothing.apply(wanting[0]),
         },
         "backward": {
             "NumPy": lambda: numpy_backend.feature_gradient(grad.numpy(), *taken),
-            "on tensors": lambda: tensors.feature_gradient(grad, like, *request[1:]),
+            "on tensors": lambda: tensors.feature_gradient(grad, like, *recorded[1:]),
             "torch": lambda: torch.autograd.grad(output, wanting[0], grad, retain_graph=True),
         },
     }

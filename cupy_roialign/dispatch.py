@@ -24,7 +24,7 @@ class Request(NamedTuple):
 
 
 class Home(Protocol):
-    """Where arrays of one kind are computed on."""
+    """Where arrays of one kind are computed on. What it is given are arrays as `home` has returned them."""
 
     def join(self, boxes: list[Any], like: Any) -> tuple[Any, Any]:
         """Lists of (L_i, 4) boxes, one for each image, as (K, 4) boxes and (K,) batch indices, beside `like`."""
@@ -33,98 +33,123 @@ class Home(Protocol):
         """The first column of (K, 5) boxes, or the boxes, where that is cut out later."""
 
     def forward(self, request: Request) -> Any:
-        """The crops."""
+        """The crops, as the caller's kind of array."""
 
     def vjp(self, request: Request) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
-        """The crops, and the function from the gradient to them to those to the features and the boxes."""
+        """The crops, and the function from the gradient to them to those to the features and the boxes.
+
+        All of these are of the caller's kind.
+        """
 
 
 class ArrayHome:
-    """A backend, and how arrays of the caller's kind become the backend's and results the caller's."""
+    """A backend, how arrays of the caller's kind become the backend's, and results the caller's."""
 
-    def __init__(self, backend: Any, take: Callable[[Any], Any], give: Callable[[Any], Any]):
-        self._backend, self._take, self._give = backend, take, give
-
-    def _taken(self, request: Request) -> tuple[Any, Any, Any, Rule]:
-        return self._take(request.features), self._take(request.boxes), self._take(request.batch_indices), request.rule
+    def __init__(
+        self,
+        backend: Any,
+        take: Callable[[str, Any], Any] = lambda name, array: array,  # the name is for errors
+        give: Callable[[Any], Any] = lambda array: array,
+    ):
+        self._backend, self.take, self._give = backend, take, give
 
     def join(self, boxes: list[Any], like: Any) -> tuple[Any, Any]:
-        joined, indices = self._backend.join([self._take(part) for part in boxes], self._take(like))
-        return self._give(joined), self._give(indices)
+        joined: tuple[Any, Any] = self._backend.join(boxes, like)
+        return joined
 
     def column(self, boxes: Any) -> Any:
-        return self._take(boxes)[:, 0]
+        return boxes[:, 0]
 
     def forward(self, request: Request) -> Any:
-        return self._give(self._backend.forward(*self._taken(request)))
+        return self._give(self._backend.forward(*request))
 
     def vjp(self, request: Request) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
-        taken = self._taken(request)
-
         def pullback(grad_output: Any) -> tuple[Any, Any]:
-            grad = self._take(grad_output)
-            to_features = self._backend.feature_gradient(grad, *taken)
-            return self._give(to_features), self._give(self._backend.box_gradient(grad, *taken))
+            grad = self.take("grad_output", grad_output)
+            to_features = self._backend.feature_gradient(grad, *request)
+            return self._give(to_features), self._give(self._backend.box_gradient(grad, *request))
 
-        return self._give(self._backend.forward(*taken)), pullback
-
-
-def _same(array: Any) -> Any:
-    return array
+        return self.forward(request), pullback
 
 
-def _from_dlpack(array: Any) -> np.ndarray:
-    return array if isinstance(array, np.ndarray) else np.from_dlpack(array)
+def _as_numpy(name: str, array: np.ndarray) -> np.ndarray:
+    """Without what a subclass makes of its methods."""
+    return np.asarray(array)
 
 
-def home(**named: Any) -> Home:
-    """The home of some arguments, which must be arrays of one library on one device."""
+def _over_dlpack(name: str, array: Any) -> np.ndarray:
+    try:
+        return np.from_dlpack(array)
+    except Exception as error:  # whatever the other library raises
+        raise TypeError(
+            f"{name} must be an array that NumPy can take over DLPack; got {_describe(array)} of dtype "
+            f"{getattr(array, 'dtype', 'unknown')} ({error}); convert it, for example to float32"
+        ) from error
+
+
+def home(**named: Any) -> tuple[Home, dict[str, Any]]:
+    """The home of some arguments, which must be arrays of one library on one device, and what it takes them as."""
+    library, place = together(named)
+    name, first = next(iter(named.items()))
+    if library == "torch":
+        if place.startswith("cuda"):
+            _need_cupy(name, first)
+        elif place != _CPU:
+            raise TypeError(_out_of_reach(name, first))
+        from cupy_roialign import tensor_home
+
+        return tensor_home.home(named, on_cpu=place == _CPU)
+    arrays = _array_home(library, place, name, first)
+    return arrays, {other: arrays.take(other, array) for other, array in named.items()}
+
+
+def together(named: dict[str, Any]) -> tuple[str, str]:
+    """The library of some arguments, which must be arrays of the same, and where they lie."""
     name, first = next(iter(named.items()))
     kind = None
     for other, array in named.items():
-        if isinstance(array, np.ma.MaskedArray):
-            raise TypeError(f"{other} is a masked array, and masks have no meaning here; pass {other}.filled(value)")
-        if not hasattr(array, "__dlpack_device__") or isinstance(array, type):
+        found = _kind(array)
+        if found is None:
             raise TypeError(
                 f"{other} must be an array, of NumPy, PyTorch or another library that has __dlpack__; got "
                 f"{_describe(array)}; make one with numpy.asarray, torch.as_tensor or the like"
             )
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{other} is a masked array, and masks have no meaning here; pass {other}.filled(value)")
         if kind is None:
-            kind = library, place = _kind(array)
-        elif _kind(array) != kind:
+            kind = found
+        elif found != kind:
             raise TypeError(
                 f"{name} and {other} must be arrays of one library on one device; got {_describe(first)} and "
                 f"{_describe(array)}; convert or move one of them"
             )
+    assert kind is not None
+    return kind
+
+
+def _array_home(library: str, place: str, name: str, first: Any) -> ArrayHome:
     if library == "cupy":
         from cupy_roialign import cupy_backend
 
-        return ArrayHome(cupy_backend, _same, _same)
-    if library == "torch" and place.startswith("cuda"):
-        _need_cupy(name, first)
-    elif place != _CPU:
-        raise TypeError(
-            f"{name} must be in the CPU's memory, a CuPy array or a CUDA tensor; got {_describe(first)}; copy it there "
-            f"first"
-        )
-    if library == "torch":
-        from cupy_roialign import tensor_home
-
-        tensors = tensor_home.TensorHome()
-        for other, tensor in named.items():
-            tensors.check(other, tensor)
-        return tensors
+        return ArrayHome(cupy_backend)
+    if place != _CPU:
+        raise TypeError(_out_of_reach(name, first))
     from cupy_roialign import numpy_backend
 
     if library == "numpy":
-        return ArrayHome(numpy_backend, np.asarray, _same)
+        return ArrayHome(numpy_backend, _as_numpy)
     namespace = getattr(first, "__array_namespace__", None)
     if namespace is None:
         raise TypeError(
             f"{name} is a {_describe(first)}, a library that does not tell how to make an array of it from a result; "
             f"pass numpy.from_dlpack({name}) and convert the result"
         )
-    return ArrayHome(numpy_backend, _from_dlpack, namespace().from_dlpack)
+    return ArrayHome(numpy_backend, _over_dlpack, namespace().from_dlpack)
+
+
+def _out_of_reach(name: str, array: Any) -> str:
+    wanted = "in the CPU's memory, a CuPy array or a CUDA tensor"
+    return f"{name} must be {wanted}; got {_describe(array)}; copy it there first"
 
 
 def _need_cupy(name: str, tensor: Any) -> None:
@@ -136,19 +161,20 @@ def _need_cupy(name: str, tensor: Any) -> None:
         raise ImportError(f"{name} is a {_describe(tensor)}, and {problems.cupy_import_failed(error)}") from error
 
 
-def _kind(array: Any) -> tuple[str, str]:
+def _kind(array: Any) -> tuple[str, str] | None:
     """The library of an array and where its memory is. Subclasses count as what they are subclasses of."""
-    torch = sys.modules.get("torch")
     if isinstance(array, np.ndarray):
         return "numpy", _CPU
+    torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
-        return "torch", _CPU if array.device.type == "cpu" else str(array.device)
+        return "torch", _CPU if array.is_cpu else str(array.device)
+    if isinstance(array, type) or not hasattr(array, "__dlpack_device__"):
+        return None
     device, number = array.__dlpack_device__()
     place = _PLACES.get(int(device), f"DLPack device type {int(device)}, number {{}}").format(number)
     return type(array).__module__.partition(".")[0], place
 
 
 def _describe(array: Any) -> str:
-    kind = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins.")
-    is_array = hasattr(array, "__dlpack_device__") and not isinstance(array, type)
-    return f"{kind} on {_kind(array)[1]}" if is_array else kind
+    kind, found = f"{type(array).__module__}.{type(array).__qualname__}".removeprefix("builtins."), _kind(array)
+    return kind if found is None else f"{kind} on {found[1]}"

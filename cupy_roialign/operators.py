@@ -74,7 +74,8 @@ def crop_and_resize(
 def _crop_and_resize(
     image: Any, boxes: Any, box_indices: Any, crop_size: Any, method: Any, extrapolation_value: Any
 ) -> Answer:
-    home = dispatch.home(image=image, boxes=boxes, box_indices=box_indices)
+    home, taken = dispatch.home(image=image, boxes=boxes, box_indices=box_indices)
+    image, boxes, box_indices = taken.values()
     validation.features("image", image)
     validation.boxes("boxes", boxes)
     validation.batch_indices("box_indices", box_indices, "boxes", boxes.shape[0])
@@ -139,7 +140,8 @@ def roi_crop(
 def _roi_crop(
     features: Any, boxes: Any, box_indices: Any, crop_size: Any, extrapolation_value: Any, transform_fpcoor: Any
 ) -> Answer:
-    home = dispatch.home(features=features, boxes=boxes, box_indices=box_indices)
+    home, taken = dispatch.home(features=features, boxes=boxes, box_indices=box_indices)
+    features, boxes, box_indices = taken.values()
     validation.features("features", features)
     validation.boxes("boxes", boxes)
     validation.batch_indices("box_indices", box_indices, "boxes", boxes.shape[0])
@@ -227,21 +229,23 @@ def _roi_align(
     listed = isinstance(boxes, (list, tuple))
     named = {f"boxes[{i}]": part for i, part in enumerate(boxes)} if listed else {"boxes": boxes}
     indexed = {} if batch_indices is None else {"batch_indices": batch_indices}
-    home = dispatch.home(features=features, **named, **indexed)
+    home, taken = dispatch.home(features=features, **named, **indexed)
+    features, batch_indices = taken["features"], taken.get("batch_indices")
+    parts = {name: taken[name] for name in named}
     validation.features("features", features)
     images = features.shape[0]
-    for name, part in named.items():
+    for name, part in parts.items():
         validation.boxes(name, part, (4,) if listed else (4, 5))
     columns = _X1_Y1_X2_Y2
     if listed:
         if batch_indices is not None:
             raise ValueError("batch_indices must not be given with a list of boxes, whose order tells the images")
-        if len(boxes) != images:
+        if len(parts) != images:
             raise ValueError(
-                f"boxes must be a list of N = {images} arrays, one for each image of features; got {len(boxes)}"
+                f"boxes must be a list of N = {images} arrays, one for each image of features; got {len(parts)}"
             )
-        boxes, batch_indices = home.join(list(boxes), features)
-    elif boxes.shape[1] == 5:
+        boxes, batch_indices = home.join([*parts.values()], features)
+    elif (boxes := parts["boxes"]).shape[1] == 5:
         if batch_indices is not None:
             raise ValueError("batch_indices must not be given with (K, 5) boxes, whose first column holds them")
         validation.batch_column("boxes", boxes, images)
@@ -297,13 +301,13 @@ def vjp(operator: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any
     bound = inspect.signature(operator).bind(*args, **kwargs)
     bound.apply_defaults()
     home, request = _REQUESTS[operator](*bound.arguments.values())
-    boxes = bound.arguments["boxes"]
+    features, boxes = (bound.arguments[name] for name in (next(iter(bound.arguments)), "boxes"))
     listed = isinstance(boxes, (list, tuple))
     ends = list(itertools.accumulate((part.shape[0] for part in boxes), initial=0)) if listed else []
     output, pull = home.vjp(request)
 
     def pullback(grad_output: Any) -> tuple[Any, Any]:
-        dispatch.home(features=request.features, grad_output=grad_output)
+        dispatch.together({"features": features, "grad_output": grad_output})
         validation.grad_output("grad_output", grad_output, tuple(output.shape))
         grad_features, grad_boxes = pull(grad_output)
         return grad_features, [grad_boxes[a:b] for a, b in itertools.pairwise(ends)] if listed else grad_boxes

@@ -7,49 +7,52 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch._C import _are_functorch_transforms_active as _are_transforms_active
+from torch._C import _is_tracing
+from torch._C import _len_torch_dispatch_stack as _modes
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
-from cupy_roialign import autograd, tensors
+from cupy_roialign import autograd, bridge, dispatch, numpy_backend, tensors
 
 if TYPE_CHECKING:
     from cupy_roialign.dispatch import Request
+
+_DENSE = (torch.Tensor, torch.nn.Parameter)
+
+
+def home(named: dict[str, torch.Tensor], on_cpu: bool) -> tuple[dispatch.Home, dict[str, Any]]:
+    """The home of tensors, and what it takes them as.
+
+    On the CPU, where torch records nothing, these are arrays: to look at one takes less than to look at a tensor.
+    """
+    in_graph = _is_recorded()
+    if on_cpu and not in_graph and not _is_transformed():
+        arrays = {}
+        for name, tensor in named.items():
+            array = _plain_array(tensor)
+            if array is None:
+                break
+            arrays[name] = array
+        else:
+            return _PLAIN, arrays
+    wrapped = [_check(name, tensor, in_graph) for name, tensor in named.items()]
+    return TensorHome(in_graph, any(wrapped)), named
 
 
 class TensorHome:
     """Where tensors are computed on: see `dispatch.Home`. One serves one call."""
 
-    def __init__(self) -> None:
-        self._in_graph = _is_recorded()
-        self._transformed = False  # whether a transform of torch.func has wrapped a tensor
-
-    def check(self, name: str, tensor: torch.Tensor) -> None:
-        """A tensor whose elements are not in memory would be read as what happens to lie at address 0, or anywhere."""
-        if self._in_graph and torch.compiler.is_compiling():
-            return  # where none has any, and torch looks after them
-        if tensor.layout != torch.strided or tensor.is_nested:
-            kind = "nested" if tensor.is_nested else str(tensor.layout)
-            raise TypeError(
-                f"{name} must be a dense tensor; got one that is {kind}; use its to_dense or to_padded_tensor"
-            )
-        if self._in_graph:
-            return
-        if type(tensor) in (torch.Tensor, torch.nn.Parameter) or not _is_fake(tensor):
-            try:
-                if tensor.data_ptr() != 0 or tensor.numel() == 0:
-                    return
-            except RuntimeError:  # within a transform, which unwraps it later
-                self._transformed = True
-                return
-        raise TypeError(
-            f"{name} must be a tensor with elements in memory; got a {type(tensor).__name__} without (a fake, masked, "
-            f"or otherwise wrapped tensor)"
-        )
+    def __init__(self, in_graph: bool, wrapped: bool) -> None:
+        self._in_graph = in_graph
+        self._wrapped = wrapped  # whether a transform of torch.func has wrapped a tensor
 
     def join(self, boxes: list[torch.Tensor], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not boxes:
             return torch.zeros((0, 4), device=like.device), torch.zeros(0, dtype=torch.int64, device=like.device)
         counts = [part.shape[0] for part in boxes]  # a graph records `shape`, but not `len`
         if not self._in_graph and tensors.on_cpu(like):
-            return torch.cat(boxes), tensors.from_numpy(np.repeat(np.arange(len(boxes)), counts))
+            return torch.cat(boxes), bridge.tensor(np.repeat(np.arange(len(boxes)), counts))
         # One by one: on a GPU torch.repeat_interleave waits, and a copy from the host's memory does, too.
         indices = [torch.full((count,), i, device=like.device) for i, count in enumerate(counts)]
         return torch.cat(boxes), torch.cat(indices)
@@ -62,14 +65,12 @@ class TensorHome:
         return self._family(request).crops(*request, ())
 
     def vjp(self, request: Request) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[Any, Any]]]:
-        _refuse_to_transform(self._transformed)
         family = self._family(request)
-        features, boxes, batch_indices = (tensor.detach() for tensor in request[:3])
+        features, boxes, batch_indices = (_apart(tensor, self._wrapped) for tensor in request[:3])
         at = (boxes, batch_indices, request.rule, ())
 
         def pullback(grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            _refuse_to_transform(not self._in_graph and torch._C._functorch.is_functorch_wrapped_tensor(grad_output))
-            grad = grad_output.detach()
+            grad = _apart(grad_output, _check("grad_output", grad_output, self._in_graph))
             return family.to_features(grad, autograd.like_of(features), *at), family.to_boxes(grad, features, *at)
 
         return family.crops(features, *at), pullback
@@ -79,27 +80,56 @@ class TensorHome:
             from cupy_roialign import ops
 
             compiling = torch.compiler.is_compiling()
-            if torch._C._are_functorch_transforms_active() or (not compiling and _has_tangent(*request[:2])):
+            if _are_transforms_active() or (not compiling and _has_tangent(*request[:2])):
                 raise NotImplementedError(
                     "torch.func's transforms (grad, jvp, vmap, linearize...) cannot be recorded around cupy_roialign "
                     "by torch.compile or a tracer; call them outside of what is compiled, or use autograd in it"
                 )
             return ops.FAMILY
-        if self._transformed:
+        if self._wrapped:
             _refuse_nested_forward_mode()
         return autograd.EAGER
 
 
+def _check(name: str, tensor: torch.Tensor, in_graph: bool) -> bool:
+    """Whether a transform of torch.func has wrapped a tensor, which must have elements in memory.
+
+    Another would be read as what happens to lie at address 0, or anywhere.
+    """
+    if in_graph and torch.compiler.is_compiling():
+        return False  # where none has any, and torch looks after them
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{name} must be a dense tensor; got one that is {kind}; use its to_dense or to_padded_tensor")
+    if in_graph:
+        return False
+    if type(tensor) in _DENSE or not _is_fake(tensor):
+        try:
+            if tensor.data_ptr() != 0 or tensor.numel() == 0:
+                return False
+        except RuntimeError:
+            return True
+    raise TypeError(
+        f"{name} must be a tensor with elements in memory; got a {type(tensor).__name__} without (a fake, masked, "
+        f"or otherwise wrapped tensor)"
+    )
+
+
+def _apart(tensor: torch.Tensor, wrapped: bool) -> torch.Tensor:
+    """A tensor that is no part of autograd's graph."""
+    if wrapped:
+        raise TypeError("cupy_roialign.vjp cannot be transformed by torch; use torch.func.vjp or autograd instead")
+    return tensor.detach()
+
+
 def _is_recorded() -> bool:
     """Whether what is called is recorded, or done in another mode, by torch: then only an operator of its own is."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return is_dynamo_compiling() or _is_tracing() or _modes() > 0
 
 
-def _refuse_to_transform(transformed: bool) -> None:
-    if transformed:
-        raise TypeError("cupy_roialign.vjp cannot be transformed by torch; use torch.func.vjp or autograd instead")
+def _is_transformed() -> bool:
+    """Whether a tensor may have a tangent, or be wrapped by a transform of torch.func."""
+    return forward_ad._current_level >= 0 or _are_transforms_active()
 
 
 def _refuse_nested_forward_mode() -> None:
@@ -122,5 +152,25 @@ def _is_fake(tensor: torch.Tensor) -> bool:
 
 
 def _has_tangent(*inputs: torch.Tensor) -> bool:
-    unpack = torch.autograd.forward_ad.unpack_dual
+    unpack = forward_ad.unpack_dual
     return any(unpack(tensor).tangent is not None for tensor in inputs)  # type: ignore[no-untyped-call]
+
+
+# ---- tensors that are arrays ----
+
+
+def _plain_array(tensor: torch.Tensor) -> np.ndarray | None:
+    """The memory of a tensor that is no more than that; None: of any other."""
+    if type(tensor) not in _DENSE or tensor.requires_grad or tensor.is_neg():
+        return None
+    try:
+        return bridge.memory(tensor) if tensor.data_ptr() or not tensor.numel() else None
+    except (BufferError, RuntimeError, TypeError):  # sparse, bfloat16...
+        return None
+
+
+def _array(name: str, tensor: torch.Tensor) -> np.ndarray:
+    return bridge.array(_apart(tensor, _check(name, tensor, _is_recorded())))
+
+
+_PLAIN = dispatch.ArrayHome(numpy_backend, _array, bridge.tensor)

@@ -16,17 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.utils.dlpack
 
-from cupy_roialign import arrays, geometry, gpu_backend, numpy_backend, problems
+from cupy_roialign import arrays, bridge, geometry, gpu_backend, numpy_backend, problems
 from cupy_roialign.geometry import Rule
-
-# Over DLPack, which any two know, only where torch was built for another NumPy: it takes several microseconds more.
-_to_numpy: Callable[[torch.Tensor], np.ndarray] = np.from_dlpack
-from_numpy: Callable[[np.ndarray], torch.Tensor] = torch.utils.dlpack.from_dlpack
-with contextlib.suppress(RuntimeError):
-    torch.zeros(1).numpy()
-    _to_numpy, from_numpy = torch.Tensor.numpy, torch.from_numpy
 
 on_cpu: Callable[[torch.Tensor], bool] = operator.attrgetter("is_cpu")
 
@@ -42,12 +34,9 @@ def forward(
 ) -> torch.Tensor:
     if not geometry.terms(len(directions)):
         return _zeros(features, features, (boxes.shape[0], features.shape[1], *rule.bins))
-    if on_cpu(features):
-        crops = numpy_backend.forward(
-            _array(features), *_placed(_array, boxes, batch_indices), rule, [_array(rows) for rows in directions]
-        )
-        return _tensor(crops, arrays.output_name(arrays.dtype_name(features)))
-    return _cuda.forward(_plain(features), *_placed(_plain, boxes, batch_indices), rule, [*map(_plain, directions)])
+    backend, take = _backend(features)
+    crops = backend.forward(take(features), *_placed(take, boxes, batch_indices), rule, [*map(take, directions)])
+    return _tensor(crops, arrays.output_name(arrays.dtype_name(features)))
 
 
 def feature_gradient(
@@ -60,19 +49,14 @@ def feature_gradient(
 ) -> torch.Tensor:
     if not geometry.terms(len(directions)):
         return _zeros(grad_output, features, features.shape)
-    if on_cpu(grad_output):
-        like = arrays.Like(tuple(features.shape), arrays.strides(features), arrays.dtype_name(features))
-        gradient = numpy_backend.feature_gradient(
-            _array(grad_output),
-            like._replace(dtype="float32") if like.dtype == "bfloat16" else like,
-            *_placed(_array, boxes, batch_indices),
-            rule,
-            [_array(rows) for rows in directions],
-        )
-        return _tensor(gradient, arrays.output_name(like.dtype))
-    return _cuda.feature_gradient(
-        _plain(grad_output), features, *_placed(_plain, boxes, batch_indices), rule, [*map(_plain, directions)]
+    backend, take = _backend(grad_output)
+    like = arrays.Like(tuple(features.shape), arrays.strides(features), arrays.dtype_name(features))
+    if backend is numpy_backend and like.dtype == "bfloat16":  # which NumPy has not
+        like = like._replace(dtype="float32")
+    gradient = backend.feature_gradient(
+        take(grad_output), like, *_placed(take, boxes, batch_indices), rule, [*map(take, directions)]
     )
+    return _tensor(gradient, arrays.output_name(arrays.dtype_name(features)))
 
 
 def box_gradient(
@@ -85,18 +69,16 @@ def box_gradient(
 ) -> torch.Tensor:
     if not geometry.terms(len(directions) + 1):
         return boxes.new_zeros(boxes.shape)
-    if on_cpu(grad_output):
-        gradient = numpy_backend.box_gradient(
-            _array(grad_output),
-            _array(features),
-            *_placed(_array, boxes, batch_indices),
-            rule,
-            [_array(rows) for rows in directions],
-        )
-        return _tensor(gradient, arrays.dtype_name(boxes))
-    return _cuda.box_gradient(
-        _plain(grad_output), _plain(features), *_placed(_plain, boxes, batch_indices), rule, [*map(_plain, directions)]
+    backend, take = _backend(grad_output)
+    gradient = backend.box_gradient(
+        take(grad_output), take(features), *_placed(take, boxes, batch_indices), rule, [*map(take, directions)]
     )
+    return _tensor(gradient, arrays.dtype_name(boxes))
+
+
+def _backend(tensor: torch.Tensor) -> tuple[Any, Callable[[torch.Tensor], Any]]:
+    """Of the place where a tensor is, and as what it takes tensors."""
+    return (numpy_backend, bridge.array) if on_cpu(tensor) else (_cuda, _plain)
 
 
 def _zeros(beside: torch.Tensor, like: torch.Tensor | arrays.Like, shape: Sequence[int]) -> torch.Tensor:
@@ -114,22 +96,16 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.resolve_neg() if tensor.is_neg() else tensor
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    """A tensor's memory as a NumPy array, which has no bfloat16: such a tensor is copied to float32."""
-    tensor = _plain(tensor)
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.float()
-    return _to_numpy(tensor)
-
-
 def _placed(take: Callable[[torch.Tensor], Any], boxes: torch.Tensor, batch_indices: torch.Tensor) -> tuple[Any, Any]:
     taken = take(boxes)
     return taken, take(batch_indices) if batch_indices.dim() == 1 else taken[:, 0]
 
 
-def _tensor(array: np.ndarray, dtype: str) -> torch.Tensor:
-    tensor = from_numpy(array)
-    return tensor if arrays.dtype_name(array) == dtype else tensor.to(getattr(torch, dtype))
+def _tensor(result: torch.Tensor | np.ndarray, dtype: str) -> torch.Tensor:
+    if isinstance(result, torch.Tensor):
+        return result
+    tensor = bridge.tensor(result)
+    return tensor if arrays.dtype_name(result) == dtype else tensor.to(getattr(torch, dtype))
 
 
 class _Stream:

@@ -260,6 +260,19 @@ def test_an_array_that_cannot_be_made_again():
         cr.roi_crop(Mute(values()), Mute(PIXEL_BOXES), Mute(INDICES), 3)
 
 
+def test_an_array_that_numpy_cannot_take():
+    class Odd(Foreign):
+        def __dlpack__(self, **kwargs):
+            raise BufferError("no float4")
+
+    message = r"features must be .* over DLPack; got .*Odd on the CPU of dtype float32 \(no float4\)"
+    with pytest.raises(TypeError, match=message):
+        cr.roi_crop(Odd(values()), Odd(PIXEL_BOXES), Odd(INDICES), 3)
+    output, pullback = cr.vjp(cr.roi_crop, Foreign(values()), Foreign(PIXEL_BOXES), Foreign(INDICES), 3)
+    with pytest.raises(TypeError, match="grad_output must be"):
+        pullback(Odd(output.array))
+
+
 @pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 def test_results_do_not_depend_on_how_the_work_is_cut(sparse, monkeypatch):
     """A workspace of a few kilobytes: many chunks of boxes, and channels one at a time."""

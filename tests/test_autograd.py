@@ -303,9 +303,11 @@ def test_forward_mode_within_forward_mode_is_refused_and_not_wrong():
 def test_vjp_of_this_package_is_not_transformed():
     with pytest.raises(TypeError, match=r"use torch\.func\.vjp"):
         torch.func.grad(lambda b: cr.vjp(cr.roi_crop, FEATURES, b, INDICES, 3)[0].sum())(BOXES)
-    output, pullback = cr.vjp(cr.roi_crop, FEATURES, BOXES, INDICES, 3)
-    with pytest.raises(TypeError, match=r"use torch\.func\.vjp"):
-        torch.func.vmap(pullback)(output[None])
+    for given in (FEATURES.detach(), features().requires_grad_()):
+        output, pullback = cr.vjp(cr.roi_crop, given, BOXES, INDICES, 3)
+        with pytest.raises(TypeError, match=r"use torch\.func\.vjp"):
+            torch.func.vmap(pullback)(output[None])
+        assert pullback(output)[0].shape == given.shape  # still
 
 
 def test_vjp_of_this_package_is_no_part_of_a_graph():

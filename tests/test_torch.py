@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 import cupy_roialign as cr
-from cupy_roialign import numpy_backend, tensors
+from cupy_roialign import numpy_backend
 from tests import tolerance
 
 torch = pytest.importorskip("torch")
 crt = pytest.importorskip("cupy_roialign.torch")
 torchvision = pytest.importorskip("cupy_roialign.torchvision")
+autograd = pytest.importorskip("cupy_roialign.autograd")
+bridge = pytest.importorskip("cupy_roialign.bridge")
 
 BOXES = torch.tensor([[1.31, 0.72, 8.25, 6.18], [2.2, 1.6, 4.4, 5.9]])
 INDICES = torch.tensor([0, 1], dtype=torch.int32)
@@ -90,12 +92,7 @@ def test_gradcheck_of_a_list_of_boxes():
     assert torch.autograd.gradcheck(lambda a, b: crt.roi_align(features(2, torch.float64), [a, b], 3, 0.9, 2), parts)
 
 
-@pytest.mark.parametrize("bridge", ["direct", "DLPack"])
-def test_memory_is_shared_and_not_copied(bridge, monkeypatch):
-    """Over DLPack where torch and NumPy were not made for each other."""
-    if bridge == "DLPack":
-        monkeypatch.setattr(tensors, "_to_numpy", np.from_dlpack)
-        monkeypatch.setattr(tensors, "from_numpy", torch.utils.dlpack.from_dlpack)
+def test_memory_is_shared_and_not_copied(monkeypatch):
     seen = {}
     original = numpy_backend.forward
 
@@ -130,11 +127,59 @@ def test_a_call_on_tensors_is_one_on_arrays_and_nothing_else():
 
     tensor, rows = features(), torch.cat([INDICES[:, None].to(BOXES.dtype), BOXES], 1)
     output = np.ones((2, 3, 3, 3), np.float32)
-    take, make = tensors._to_numpy, tensors.from_numpy
+    take, make = bridge.memory, bridge.tensor
     expected = asked(lambda: (take(tensor), take(rows), make(output)))
     assert asked(lambda: crt.roi_align(tensor, rows, 3)) == expected
     expected = asked(lambda: (take(tensor), take(BOXES), take(INDICES), make(output)))
     assert asked(lambda: cr.roi_crop(tensor, BOXES, INDICES, 3)) == expected
+
+
+def recorded(tensor):
+    return tensor.clone().requires_grad_()
+
+
+OTHER_WAYS = {
+    "as it is": (lambda t: t, False),
+    "negated": (torch._neg_view, True),
+    "transposed": (lambda t: t.mT.contiguous().mT, False),
+    "a parameter": (lambda t: torch.nn.Parameter(t, requires_grad=False), False),
+    "recorded": (recorded, True),
+    "in bfloat16": (lambda t: t.bfloat16(), True),
+    "of a subclass": (lambda t: t.as_subclass(type("Named", (torch.Tensor,), {})), True),
+}
+
+
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_tensors_are_arrays_where_torch_has_no_part_in_it(way, monkeypatch):
+    """And with the same bits where it has, and goes through autograd.py."""
+    change, of_torch = OTHER_WAYS[way]
+    seen = []
+    crops = autograd.EAGER.crops
+    monkeypatch.setattr(autograd, "EAGER", autograd.EAGER._replace(crops=lambda *args: seen.append(1) or crops(*args)))
+    tensor = change(features())
+    output = cr.roi_crop(tensor, BOXES, INDICES, 3)
+    assert bool(seen) == of_torch
+    assert output.requires_grad == (way == "recorded")
+    expected = cr.roi_crop(tensor.detach().float().resolve_neg().numpy(), BOXES.numpy(), INDICES.numpy(), 3)
+    torch.testing.assert_close(output.detach(), torch.from_numpy(expected).to(tensor.dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64])
+def test_integers_with_boxes_that_are_recorded(dtype):
+    tensor, boxes = (4 * features()).to(dtype), BOXES.clone().requires_grad_()
+    grads = []
+    for given in (tensor, tensor.float()):
+        output = cr.roi_crop(given, boxes, INDICES, 3)
+        grads += [output.detach(), *torch.autograd.grad(output.sum(), boxes)]
+    torch.testing.assert_close(grads[:2], grads[2:], rtol=0, atol=0)
+
+
+def test_a_tensor_whose_memory_was_given_back():
+    tensor = features()
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="features must be a tensor with elements in memory"):
+        cr.roi_crop(tensor, BOXES, INDICES, 3)
+    assert cr.roi_crop(features(), BOXES[:0], INDICES[:0], 3).shape == (0, 3, 3, 3)  # none to be in memory
 
 
 def test_channels_last_stays():
