@@ -35,6 +35,16 @@ def oldest(session: nox.Session) -> None:
 
 
 @nox.session
+@nox.parametrize("version", ["2.4.1", "2.6.0", "2.8.0", "2.11.0"])
+def torch(session: nox.Session, version: str) -> None:
+    """What is called with tensors, with older PyTorch."""
+    session.install(f"torch=={version}", "numpy", "scipy", "pytest", "hypothesis", "ml_dtypes", "pillow")
+    session.install("--no-deps", "-e", ".")
+    names = ("torch", "autograd", "directions", "onnx", "torchvision", "torch_compile", "torch_programs")
+    session.run("python", "-m", "pytest", "-q", *(session.posargs or [f"tests/test_{name}.py" for name in names]))
+
+
+@nox.session
 def cuda12(session: nox.Session) -> None:
     """Every kernel by the compiler of CUDA 12, which knows older GPUs than that of CUDA 13."""
     session.install("cuda-core[cu12]>=0.4", "numpy", "pytest", "hypothesis", "ml_dtypes")

@@ -11,8 +11,10 @@ SIGNED = ("int8", "int16", "int32", "int64")
 INTEGERS = (*SIGNED, "uint8", "uint16", "uint32", "uint64")
 REALS = (*FLOATS, *INTEGERS, "bool")
 
-# Of NumPy's dtypes, and of torch's when tensors.py is imported: both make the name anew each time.
-NAMES: dict[Any, str] = {np.dtype(name): name for name in ("float16", "float32", "float64", *INTEGERS)}
+# Both make the name anew each time. Not in one, for torch.compile knows no dict that has NumPy's dtypes.
+_NAMES = {np.dtype(name): name for name in ("float16", "float32", "float64", *INTEGERS)}
+TORCH_NAMES: dict[Any, str] = {}
+"""Of torch's dtypes, as soon as tensors.py is imported."""
 
 
 class Like(NamedTuple):
@@ -26,7 +28,8 @@ class Like(NamedTuple):
 def dtype_name(array: Any) -> str:
     """`float32` for NumPy's, CuPy's, torch's and ml_dtypes' alike, in any byte order."""
     dtype = array.dtype
-    return NAMES.get(dtype) or getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
+    names = _NAMES if isinstance(dtype, np.dtype) else TORCH_NAMES
+    return names.get(dtype) or getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
 
 
 def strides(array: Any) -> tuple[int, ...]:
@@ -48,4 +51,4 @@ def is_channels_last(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether the channels of (N, C, H, W) features are closest in memory. `strides` in any unit."""
     channel = abs(strides[1])
     spatial = [abs(stride) for size, stride in zip(shape[2:], strides[2:], strict=True) if size > 1]
-    return shape[1] > 1 and bool(spatial) and 0 < channel < min(spatial)
+    return shape[1] > 1 and len(spatial) > 0 and 0 < channel < min(spatial)

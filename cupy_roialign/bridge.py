@@ -1,4 +1,8 @@
-"""Tensors on the CPU as NumPy's arrays and back, over DLPack: both share the memory."""
+"""Tensors on the CPU as NumPy's arrays and back, over DLPack: both share the memory.
+
+An array keeps the tensor, but not its memory: that is gone when the tensor is given another, or resized. So no array
+of a tensor outlives the call in which it is made.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +29,21 @@ class _Exported:
 
 
 def memory(tensor: torch.Tensor) -> np.ndarray:
-    """What lies in memory, whatever the tensor is besides. Raises where NumPy has no such dtype or layout."""
+    """What lies in memory, whatever the tensor is besides. Raises where nothing does, or NumPy has no such dtype."""
+    if not is_in_memory(tensor):  # NumPy would make an array of its own, of what happens to lie there
+        raise TypeError(f"a tensor of shape {tuple(tensor.shape)} has no elements in memory")
     return np.from_dlpack(_Exported(tensor))
+
+
+def is_in_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has elements at an address, which a part of a tensor counts from that of the whole."""
+    return tensor.data_ptr() != tensor.storage_offset() * tensor.element_size() or not tensor.numel()
 
 
 def array(tensor: torch.Tensor) -> np.ndarray:
     """The values of a tensor; a copy only of those that are in memory as others. NumPy has no bfloat16, but float32."""
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise TypeError(f"the elements of a {type(tensor).__qualname__} are only known to its __torch_dispatch__")
     tensor = tensor.resolve_neg()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()

@@ -87,8 +87,11 @@ def _over_dlpack(name: str, array: Any) -> np.ndarray:
         ) from error
 
 
-def home(**named: Any) -> tuple[Home, dict[str, Any]]:
-    """The home of some arguments, which must be arrays of one library on one device, and what it takes them as."""
+def home(kept: bool, /, **named: Any) -> tuple[Home, dict[str, Any]]:
+    """The home of some arguments, which must be arrays of one library on one device, and what it takes them as.
+
+    `kept`: they are read after the call, too, when the caller may have given tensors another memory.
+    """
     library, place = together(named)
     name, first = next(iter(named.items()))
     if library == "torch":
@@ -98,7 +101,7 @@ def home(**named: Any) -> tuple[Home, dict[str, Any]]:
             raise TypeError(_out_of_reach(name, first))
         from cupy_roialign import tensor_home
 
-        return tensor_home.home(named, on_cpu=place == _CPU)
+        return tensor_home.home(named, kept)
     arrays = _array_home(library, place, name, first)
     return arrays, {other: arrays.take(other, array) for other, array in named.items()}
 

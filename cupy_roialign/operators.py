@@ -72,9 +72,9 @@ def crop_and_resize(
 
 
 def _crop_and_resize(
-    image: Any, boxes: Any, box_indices: Any, crop_size: Any, method: Any, extrapolation_value: Any
+    image: Any, boxes: Any, box_indices: Any, crop_size: Any, method: Any, extrapolation_value: Any, kept: bool = False
 ) -> Answer:
-    home, taken = dispatch.home(image=image, boxes=boxes, box_indices=box_indices)
+    home, taken = dispatch.home(kept, image=image, boxes=boxes, box_indices=box_indices)
     image, boxes, box_indices = taken.values()
     validation.features("image", image)
     validation.boxes("boxes", boxes)
@@ -138,9 +138,15 @@ def roi_crop(
 
 
 def _roi_crop(
-    features: Any, boxes: Any, box_indices: Any, crop_size: Any, extrapolation_value: Any, transform_fpcoor: Any
+    features: Any,
+    boxes: Any,
+    box_indices: Any,
+    crop_size: Any,
+    extrapolation_value: Any,
+    transform_fpcoor: Any,
+    kept: bool = False,
 ) -> Answer:
-    home, taken = dispatch.home(features=features, boxes=boxes, box_indices=box_indices)
+    home, taken = dispatch.home(kept, features=features, boxes=boxes, box_indices=box_indices)
     features, boxes, box_indices = taken.values()
     validation.features("features", features)
     validation.boxes("boxes", boxes)
@@ -225,11 +231,12 @@ def _roi_align(
     sampling_ratio: Any,
     aligned: Any,
     batch_indices: Any,
+    kept: bool = False,
 ) -> Answer:
     listed = isinstance(boxes, (list, tuple))
     named = {f"boxes[{i}]": part for i, part in enumerate(boxes)} if listed else {"boxes": boxes}
     indexed = {} if batch_indices is None else {"batch_indices": batch_indices}
-    home, taken = dispatch.home(features=features, **named, **indexed)
+    home, taken = dispatch.home(kept, features=features, **named, **indexed)
     features, batch_indices = taken["features"], taken.get("batch_indices")
     parts = {name: taken[name] for name in named}
     validation.features("features", features)
@@ -300,10 +307,12 @@ def vjp(operator: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any
         )
     bound = inspect.signature(operator).bind(*args, **kwargs)
     bound.apply_defaults()
-    home, request = _REQUESTS[operator](*bound.arguments.values())
+    home, request = _REQUESTS[operator](*bound.arguments.values(), kept=True)
     features, boxes = (bound.arguments[name] for name in (next(iter(bound.arguments)), "boxes"))
     listed = isinstance(boxes, (list, tuple))
-    ends = list(itertools.accumulate((part.shape[0] for part in boxes), initial=0)) if listed else []
+    ends = [0]
+    for part in boxes if listed else []:
+        ends.append(ends[-1] + part.shape[0])
     output, pull = home.vjp(request)
 
     def pullback(grad_output: Any) -> tuple[Any, Any]:

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 _DENSE = (torch.Tensor, torch.nn.Parameter)
 
 
-def home(named: dict[str, torch.Tensor], on_cpu: bool) -> tuple[dispatch.Home, dict[str, Any]]:
+def home(named: dict[str, torch.Tensor], kept: bool) -> tuple[dispatch.Home, dict[str, Any]]:
     """The home of tensors, and what it takes them as.
 
-    On the CPU, where torch records nothing, these are arrays: to look at one takes less than to look at a tensor.
+    On the CPU, where torch records nothing and they are not `kept` for later, these are arrays: to look at one takes
+    less than to look at a tensor.
     """
     in_graph = _is_recorded()
-    if on_cpu and not in_graph and not _is_transformed():
+    if not kept and not in_graph and not _is_transformed() and tensors.on_cpu(next(iter(named.values()))):
         arrays = {}
         for name, tensor in named.items():
             array = _plain_array(tensor)
@@ -65,15 +66,17 @@ class TensorHome:
         return self._family(request).crops(*request, ())
 
     def vjp(self, request: Request) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[Any, Any]]]:
-        family = self._family(request)
-        features, boxes, batch_indices = (_apart(tensor, self._wrapped) for tensor in request[:3])
-        at = (boxes, batch_indices, request.rule, ())
+        *given, rule = request
+        features, boxes, batch_indices = [_apart(tensor, self._wrapped) for tensor in given]
+        at = (boxes, batch_indices, rule, ())
 
         def pullback(grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            grad = _apart(grad_output, _check("grad_output", grad_output, self._in_graph))
+            in_graph = _is_recorded()  # which may have begun, or ended, after the call
+            grad = _apart(grad_output, _check("grad_output", grad_output, in_graph))
+            family = TensorHome(in_graph, self._wrapped)._family(request)
             return family.to_features(grad, autograd.like_of(features), *at), family.to_boxes(grad, features, *at)
 
-        return family.crops(features, *at), pullback
+        return self._family(request).crops(features, *at), pullback
 
     def _family(self, request: Request) -> autograd.Family:
         if self._in_graph:
@@ -105,7 +108,7 @@ def _check(name: str, tensor: torch.Tensor, in_graph: bool) -> bool:
         return False
     if type(tensor) in _DENSE or not _is_fake(tensor):
         try:
-            if tensor.data_ptr() != 0 or tensor.numel() == 0:
+            if bridge.is_in_memory(tensor):
                 return False
         except RuntimeError:
             return True
@@ -164,13 +167,9 @@ def _plain_array(tensor: torch.Tensor) -> np.ndarray | None:
     if type(tensor) not in _DENSE or tensor.requires_grad or tensor.is_neg():
         return None
     try:
-        return bridge.memory(tensor) if tensor.data_ptr() or not tensor.numel() else None
+        return bridge.memory(tensor)
     except (BufferError, RuntimeError, TypeError):  # sparse, bfloat16...
         return None
 
 
-def _array(name: str, tensor: torch.Tensor) -> np.ndarray:
-    return bridge.array(_apart(tensor, _check(name, tensor, _is_recorded())))
-
-
-_PLAIN = dispatch.ArrayHome(numpy_backend, _array, bridge.tensor)
+_PLAIN = dispatch.ArrayHome(numpy_backend, give=bridge.tensor)

@@ -22,7 +22,7 @@ from cupy_roialign.geometry import Rule
 
 on_cpu: Callable[[torch.Tensor], bool] = operator.attrgetter("is_cpu")
 
-arrays.NAMES.update({getattr(torch, name): name for name in arrays.REALS})
+arrays.TORCH_NAMES.update({getattr(torch, name): name for name in arrays.REALS})
 
 
 def forward(

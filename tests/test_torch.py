@@ -180,6 +180,85 @@ def test_a_tensor_whose_memory_was_given_back():
     with pytest.raises(TypeError, match="features must be a tensor with elements in memory"):
         cr.roi_crop(tensor, BOXES, INDICES, 3)
     assert cr.roi_crop(features(), BOXES[:0], INDICES[:0], 3).shape == (0, 3, 3, 3)  # none to be in memory
+    part = features()[1:]  # whose address is not 0 even then
+    part.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="features must be a tensor with elements in memory"):
+        cr.roi_crop(part, BOXES[:1], INDICES[:1], 3)
+
+
+def test_memory_that_was_given_back_before_backward():
+    tensor, boxes = features(), BOXES.clone().requires_grad_()
+    output = cr.roi_crop(tensor, boxes, INDICES, 3)
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="has no elements in memory"):
+        output.sum().backward()
+
+
+def give_other_memory(tensor):
+    tensor.data = torch.full_like(tensor, 7)
+
+
+def give_more_memory(tensor):
+    tensor.resize_(8 * len(tensor), *tensor.shape[1:])
+
+
+@pytest.mark.parametrize("change", [give_other_memory, give_more_memory])
+def test_a_pullback_reads_the_memory_of_the_call_or_what_it_became(change):
+    tensor = torch.cat([features()] * 16, 2)  # memory so large that it is the system's again once it is free
+    for _ in range(2):
+        output, pullback = cr.vjp(cr.roi_crop, tensor, BOXES, INDICES, 3)
+        expected = pullback(torch.ones_like(output))
+        change(tensor)
+        junk = [torch.full_like(tensor, i) for i in range(4)]
+        torch.testing.assert_close(pullback(torch.ones_like(output)), expected, rtol=0, atol=0)
+        del junk
+
+
+def test_a_pullback_does_not_read_memory_that_was_given_back():
+    tensor = features()
+    output, pullback = cr.vjp(cr.roi_crop, tensor, BOXES, INDICES, 3)
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="has no elements in memory"):
+        pullback(torch.ones_like(output))
+
+
+class Dispatched(torch.Tensor):
+    """Has memory, but what it means is only known to this."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        with torch._C._DisableTorchDispatch():
+            return func(*args, **(kwargs or {})).as_subclass(cls)
+
+
+class Wrapper(torch.Tensor):
+    """Has none."""
+
+    @staticmethod
+    def __new__(cls, wrapped):
+        return torch.Tensor._make_wrapper_subclass(cls, wrapped.shape, dtype=wrapped.dtype)
+
+    __torch_dispatch__ = Dispatched.__torch_dispatch__
+
+
+def fake(tensor):
+    return torch._subclasses.FakeTensorMode().from_tensor(tensor)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [fake, Wrapper, lambda t: t.as_subclass(Dispatched), lambda t: torch._efficientzerotensor(t.shape)],
+    ids=["fake", "wrapper", "subclass that dispatches", "zero"],
+)
+def test_tensors_whose_elements_are_not_in_memory_are_refused_everywhere(change):
+    with pytest.raises(TypeError, match="elements"):
+        cr.roi_crop(change(features()), BOXES, INDICES, 3)
+    output = cr.roi_crop(features().requires_grad_(), BOXES, INDICES, 3)
+    with pytest.raises(TypeError, match="elements"):
+        output.backward(change(torch.ones_like(output)))
+    output, pullback = cr.vjp(cr.roi_crop, features(), BOXES, INDICES, 3)
+    with pytest.raises(TypeError, match="elements"):
+        pullback(change(torch.ones_like(output)))
 
 
 def test_channels_last_stays():
