@@ -73,7 +73,7 @@ class TensorHome:
         def pullback(grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             in_graph = _is_recorded()  # which may have begun, or ended, after the call
             grad = _apart(grad_output, _check("grad_output", grad_output, in_graph))
-            family = TensorHome(in_graph, self._wrapped)._family(request)
+            family = TensorHome(in_graph, wrapped=False)._family(request)
             return family.to_features(grad, autograd.like_of(features), *at), family.to_boxes(grad, features, *at)
 
         return self._family(request).crops(features, *at), pullback

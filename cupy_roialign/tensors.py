@@ -50,13 +50,13 @@ def feature_gradient(
     if not geometry.terms(len(directions)):
         return _zeros(grad_output, features, features.shape)
     backend, take = _backend(grad_output)
-    like = arrays.Like(tuple(features.shape), arrays.strides(features), arrays.dtype_name(features))
-    if backend is numpy_backend and like.dtype == "bfloat16":  # which NumPy has not
-        like = like._replace(dtype="float32")
+    dtype = arrays.dtype_name(features)
+    known = "float32" if backend is numpy_backend and dtype == "bfloat16" else dtype  # NumPy has no bfloat16
+    like = arrays.Like(tuple(features.shape), arrays.strides(features), known)
     gradient = backend.feature_gradient(
         take(grad_output), like, *_placed(take, boxes, batch_indices), rule, [*map(take, directions)]
     )
-    return _tensor(gradient, arrays.output_name(arrays.dtype_name(features)))
+    return _tensor(gradient, arrays.output_name(dtype))
 
 
 def box_gradient(
