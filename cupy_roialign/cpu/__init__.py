@@ -1,0 +1,1 @@
+"""The CPU: the operators on NumPy arrays."""

@@ -1,0 +1,1 @@
+"""The GPU: the operators on arrays in a GPU's memory, by CUDA kernels that CuPy compiles."""
