@@ -17,7 +17,7 @@ TORCH_NAMES: dict[Any, str] = {}
 """Of torch's dtypes, as soon as tensors.py is imported."""
 
 
-class Like(NamedTuple):
+class ArraySpec(NamedTuple):
     """An array but for its elements."""
 
     shape: tuple[int, ...]

@@ -1,23 +1,27 @@
-"""The CPU: an operator and its two gradients on NumPy arrays.
+"""The CPU's backend: an operator and its two gradients on NumPy arrays.
 
-Boxes are worked on by one of two ways: all of them as one sparse matrix, where SciPy is installed and that is faster
-(numpy_sparse.py), or one by one by small dense matrices (numpy_dense.py).
-
-Shapes and dtypes have been checked (validation.py).
+There are two ways, with the same functions: `compiled`, loops that Numba compiles, and `plain`, NumPy alone. Numba in
+use is the compiled way in use. Shapes and dtypes have been checked (validation.py).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import os
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from cupy_roialign import arrays, geometry, numpy_dense, numpy_sparse, validation
-from cupy_roialign.numpy_job import Job
+from cupy_roialign import arrays, rule as rules, validation
+from cupy_roialign.cpu import plain
+from cupy_roialign.cpu.weights import Job
+from cupy_roialign.rule import Rule
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+VARIABLE = "CUPY_ROIALIGN_COMPILED"
 
 
 def _quietly(function: Function) -> Function:
@@ -34,6 +38,40 @@ def _quietly(function: Function) -> Function:
     return cast(Function, quiet)
 
 
+@functools.cache
+def _compiled() -> tuple[Any, str]:
+    """The compiled way, or why there is none."""
+    if os.environ.get(VARIABLE, "1") == "0":
+        return None, f"the environment variable {VARIABLE} is 0"
+    try:
+        from cupy_roialign.cpu import compiled
+    except ModuleNotFoundError as error:
+        if error.name != "numba":
+            return None, f"Numba cannot be imported ({error})"
+        return None, "Numba is not installed"
+    except Exception as error:  # of a NumPy newer than it knows, for example
+        return None, f"Numba cannot be imported ({error})"
+    return compiled, ""
+
+
+def not_compiled() -> str:
+    """Why the compiled way is not in use; an empty string where it is."""
+    return _compiled()[1]
+
+
+def compile_ahead() -> float:
+    """Compiles all loops for float32 and float64, or loads them; returns the seconds that it took."""
+    start = time.perf_counter()
+    way, _ = _compiled()
+    if way is not None:
+        way.compile_all()
+    return time.perf_counter() - start
+
+
+def _way() -> Any:
+    return _compiled()[0] or plain
+
+
 def join(boxes: list[np.ndarray], like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lists of (L_i, 4) boxes, one for each image, as (K, 4) boxes and (K,) batch indices, beside `like`."""
     indices = np.repeat(np.arange(len(boxes)), [len(part) for part in boxes])
@@ -45,43 +83,42 @@ def forward(
     features: np.ndarray,
     boxes: np.ndarray,
     batch_indices: np.ndarray,
-    rule: geometry.Rule,
+    rule: Rule,
     directions: Sequence[np.ndarray] = (),
 ) -> np.ndarray:
-    """(K, C, bins_y, bins_x) crops, in the memory order of `features`; NaN for a box that is not finite.
+    """(K, C, bins_y, bins_x) crops, in the memory order of `features`; NaN for a broken box.
 
     With `directions`, up to two changes of the boxes and like them in shape: the derivative of the crops along them.
     """
-    job = _job(features, boxes, batch_indices, rule, directions)
+    job = Job.of(features, boxes, _images(features, batch_indices), rule, directions)
     output = _allocate(np.empty, features, (len(boxes), features.shape[1], *rule.bins), _output_dtype(features))
     if output.size:
-        for way, numbers in [(numpy_dense, np.arange(len(boxes)))] if directions else _ways(job):
-            way.forward(job, numbers, features, output)
-        if job.finite is not None:
-            output[~job.finite] = np.nan
+        _way().crops(job, features, output)
+        if rule.extrapolation_value and not directions:
+            _fill_outside(job, output)
+        if job.broken is not None:
+            output[job.broken] = np.nan
     return output
 
 
 @_quietly
 def feature_gradient(
     grad_output: np.ndarray,
-    features: np.ndarray | arrays.Like,
+    features: np.ndarray | arrays.ArraySpec,
     boxes: np.ndarray,
     batch_indices: np.ndarray,
-    rule: geometry.Rule,
+    rule: Rule,
     directions: Sequence[np.ndarray] = (),
 ) -> np.ndarray:
-    """The gradient to the features, in their memory order; float32 where they are integers.
+    """The gradient with respect to the features, in their memory order; float32 where they are integers.
 
     With `directions` that of the derivative of the crops along them. Boxes are added one after another: the result is
     the same, to the bit, each time.
     """
-    job = _job(features, boxes, batch_indices, rule, directions)
+    job = Job.of(features, boxes, _images(features, batch_indices), rule, directions)
     total = _allocate(np.zeros, features, features.shape, job.dtype)
     if grad_output.size and total.size:
-        begun: set[int] = set()
-        for way, numbers in _ways(job):
-            way.feature_gradient(job, numbers, grad_output, total, begun)
+        _way().to_features(job, grad_output, total)
     return total.astype(_output_dtype(features), copy=False)
 
 
@@ -91,60 +128,47 @@ def box_gradient(
     features: np.ndarray,
     boxes: np.ndarray,
     batch_indices: np.ndarray,
-    rule: geometry.Rule,
+    rule: Rule,
     directions: Sequence[np.ndarray] = (),
 ) -> np.ndarray:
-    """The gradient to the boxes, in their shape; NaN for a box that is not finite, 0 in a batch index column.
+    """The gradient with respect to the boxes, in their shape; NaN for a broken box, 0 in a batch index column.
 
     With `directions` that of the derivative of the crops along them.
     """
-    job = _job(features, boxes, batch_indices, rule, directions)
+    job = Job.of(features, boxes, _images(features, batch_indices), rule, directions)
+    sums = np.zeros((len(boxes), 4))
+    if grad_output.size and rule.taps != rules.Taps.NEAREST:
+        _way().to_boxes(job, grad_output, features, sums)
     gradient = np.zeros(boxes.shape, np.float64)
-    if grad_output.size and not rule.nearest:
-        # Slopes are differences of pixels that may be large, so each box needs a level of its own to count from.
-        numpy_dense.box_gradient(job, np.arange(len(boxes)), grad_output, features, gradient)
-    if job.finite is not None:
-        gradient[np.ix_(~job.finite, np.array(rule.columns))] = np.nan
+    for axis, (start_low, start_high, step_high) in enumerate(job.slopes(slice(None))):
+        to_start, to_step = sums[:, 2 * axis], sums[:, 2 * axis + 1]
+        gradient[:, rule.columns[axis]] = to_start * start_low - to_step * step_high
+        gradient[:, rule.columns[axis + 2]] = to_start * start_high + to_step * step_high
+    if job.broken is not None:
+        gradient[np.ix_(job.broken, rule.columns)] = np.nan
     return gradient.astype(boxes.dtype.newbyteorder("="), copy=False)
 
 
-SPARSE: bool | None = None
-"""Whether boxes are worked on as a sparse matrix, where they can be. None: where that is faster."""
+def _images(features: np.ndarray | arrays.ArraySpec, batch_indices: np.ndarray) -> np.ndarray:
+    return validation.whole_indices(batch_indices, features.shape[0])
 
 
-def _ways(job: Job) -> Iterator[tuple[Any, np.ndarray]]:
-    """How to work on which boxes."""
-    numbers = np.arange(len(job.boxes))
-    some = None if SPARSE is False else numpy_sparse.suited(job, SPARSE is True)
-    if some is None or not numpy_sparse.is_installed():
-        yield numpy_dense, numbers
-        return
-    yield numpy_sparse, numbers[some]
-    if not some.all():
-        yield numpy_dense, numbers[~some]
+def _fill_outside(job: Job, output: np.ndarray) -> None:
+    """Writes the value outside of the image where a bin has no sample inside. For one sample per bin."""
+    value = np.array(job.rule.extrapolation_value).astype(output.dtype)
+    inside = job.sampled()
+    for k in np.flatnonzero(~(inside[0].all(axis=1) & inside[1].all(axis=1))).tolist():
+        np.copyto(output[k], value, where=~(inside[0][k][:, None] & inside[1][k]))
 
 
-def _job(
-    features: np.ndarray | arrays.Like,
-    boxes: np.ndarray,
-    batch_indices: np.ndarray,
-    rule: geometry.Rule,
-    directions: Sequence[np.ndarray],
-) -> Job:
-    dtype = np.dtype(arrays.compute_name(arrays.dtype_name(features)))
-    precision = geometry.precision(rule, arrays.dtype_name(features), arrays.dtype_name(boxes))
-    indices = validation.whole_indices(batch_indices, features.shape[0])
-    return Job(tuple(features.shape), dtype, boxes.astype(precision, copy=False), indices, rule, directions)
-
-
-def _output_dtype(features: np.ndarray | arrays.Like) -> np.dtype:
+def _output_dtype(features: np.ndarray | arrays.ArraySpec) -> np.dtype:
     name = arrays.output_name(arrays.dtype_name(features))
     # bfloat16 is known to NumPy only as the dtype that the features bring along
     return np.dtype(features.dtype if name == "bfloat16" else name)
 
 
 def _allocate(
-    new: Callable[..., np.ndarray], like: np.ndarray | arrays.Like, shape: tuple[int, ...], dtype: np.dtype
+    new: Callable[..., np.ndarray], like: np.ndarray | arrays.ArraySpec, shape: tuple[int, ...], dtype: np.dtype
 ) -> np.ndarray:
     """An array of (N or K, C, height, width), channels-last in memory where `like` is."""
     if arrays.is_channels_last(like.shape, like.strides):

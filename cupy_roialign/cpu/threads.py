@@ -27,9 +27,6 @@ def get_num_threads() -> int:
     What `set_num_threads` was given; otherwise the environment variable ``CUPY_ROIALIGN_NUM_THREADS``; otherwise the
     CPUs that this process may use, by its affinity and its control group, or fewer, where PyTorch is loaded and uses
     fewer: in the workers of its DataLoader one.
-
-    NumPy's matrix products have threads of their own, which OPENBLAS_NUM_THREADS, MKL_NUM_THREADS or the package
-    threadpoolctl limits.
     """
     chosen = _chosen or _from_environment()
     if chosen:
@@ -61,6 +58,13 @@ def set_num_threads(count: int | None) -> None:
         if count < 1:
             raise ValueError(f"count must be 1 or more, or None for the default; got {count}")
     _chosen = None if count is None else int(count)
+
+
+def parts(count: int, multiplications: int) -> list[slice]:
+    """So many items in parts for `run`: one part where one thread does all, else some for each thread."""
+    wanted = 4 * get_num_threads() if multiplications >= WORTH_IT else 1
+    step = max(1, -(-count // wanted))
+    return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
 
 def run(work: Callable[[Item], None], items: Iterable[Item], multiplications: int, most: int = 2**16) -> None:

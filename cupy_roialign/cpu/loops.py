@@ -1,0 +1,429 @@
+"""The loops of the compiled way. compiled.py says which arrays they get.
+
+Features, crops and their gradients come as lines, (M, H, W*channels): M counts images, or planes of single channels, and
+the channels of a pixel lie side by side. `y0` and `x0` are the image's pixel at which they begin. The loops go by rows:
+the lines that a row of bins touches are summed first, from the first pixel to the last at once, and the bins along x are
+taken out of the sum. So it is whole lines that are read and added, whatever the number of channels.
+
+Offsets within a line are unsigned: Numba asks of each signed one whether it counts from the end.
+"""
+
+# ruff: noqa: ANN001, ANN201
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from numba.extending import overload, register_jitable
+
+from cupy_roialign import geometry
+
+LANES = 8
+"""Numbers that a processor multiplies at once. Fewer channels are worked on as single numbers."""
+
+u64 = np.uint64
+
+for _function in (
+    geometry.is_finite,
+    geometry.extent,
+    geometry.affine,
+    geometry.origin,
+    geometry.position,
+    geometry.lever,
+    geometry.inside,
+    geometry.taps,
+    geometry.candidates,
+):
+    register_jitable(_function)
+
+
+@overload(geometry.select)
+def _select(condition, a, b):
+    return lambda condition, a, b: a if condition else b
+
+
+exact = numba.njit(nogil=True, error_model="numpy")
+"""For positions, whose operations must be rounded one by one."""
+
+sums = numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
+"""A product and a sum may be one instruction."""
+
+dots = numba.njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+"""A sum may be made in parts, as many as the processor has lanes."""
+
+
+def make_rows(real, dtype):
+    """For positions of type `real`, and weights of `dtype`."""
+
+    def rows(rule, low, high, bins, size, slopes):
+        """`Rows` of boxes along one axis: begin, pixel, value, to_start, to_step."""
+        capacity = 0
+        for k in range(len(low)):
+            _, _, samples = geometry.affine(rule, low[k], high[k], bins, size, real)
+            capacity += bins * min(2 * samples, size)
+        begin, pixel = np.empty(len(low) * bins + 1, np.int64), np.empty(capacity, np.int64)
+        extent = np.empty((2, len(low)), np.int64)
+        value = np.empty(capacity, np.float64)
+        to_start, to_step = np.empty(capacity * slopes, np.float64), np.empty(capacity * slopes, np.float64)
+        end = 0
+        for k in range(len(low)):
+            start, step, samples = geometry.affine(rule, low[k], high[k], bins, size, real)
+            share = 1.0 / samples
+            for p in range(bins):
+                row = end
+                begin[k * bins + p] = row
+                origin = geometry.origin(start, step, p, real)
+                first, stop = np.int64(0), np.int64(samples)
+                if samples > geometry.EVERY_SAMPLE:
+                    first, stop = geometry.candidates(start, step, samples, origin, size, real)
+                for i in range(first, stop):
+                    position = geometry.position(rule, origin, step, samples, i, real)
+                    if not geometry.inside(rule, position, size):
+                        continue
+                    under, over, fraction = geometry.taps(rule, position, size, real)
+                    slope = share if over > under else 0.0
+                    for tap in range(2):
+                        at, weight, sign = under, (1.0 - np.float64(fraction)) * share, -1.0
+                        if tap == 1:
+                            at, weight, sign = over, np.float64(fraction) * share, 1.0
+                        if weight == 0 and (slope == 0 or not slopes):
+                            continue
+                        # Positions go one way, so a pixel that was met before is among the last three.
+                        entry = end - 1
+                        while entry >= row and entry >= end - 3 and pixel[entry] != at:
+                            entry -= 1
+                        if entry < row or entry < end - 3:
+                            entry = end
+                            end += 1
+                            pixel[entry] = at
+                            value[entry] = 0
+                            if slopes:
+                                to_start[entry] = to_step[entry] = 0
+                        value[entry] += weight
+                        if slopes:
+                            to_start[entry] += sign * slope
+                            to_step[entry] += sign * slope * geometry.lever(rule, p, samples, i)
+                if slopes:  # those of neighbours may have cancelled out
+                    kept = row
+                    for entry in range(row, end):
+                        if value[entry] != 0 or to_start[entry] != 0 or to_step[entry] != 0:
+                            pixel[kept], value[kept] = pixel[entry], value[entry]
+                            to_start[kept], to_step[kept] = to_start[entry], to_step[entry]
+                            kept += 1
+                    end = kept
+            first_pixel, last_pixel = np.int64(size), np.int64(-1)
+            for entry in range(begin[k * bins], end):
+                first_pixel, last_pixel = min(first_pixel, pixel[entry]), max(last_pixel, pixel[entry])
+            extent[0, k], extent[1, k] = first_pixel, last_pixel + 1
+        begin[len(low) * bins] = end
+        sloped = end * slopes
+        return (
+            begin,
+            extent,
+            pixel[:end],
+            value[:end].astype(dtype),
+            to_start[:sloped].astype(dtype),
+            to_step[:sloped].astype(dtype),
+        )
+
+    return exact(rows)
+
+
+# ---- one box along x, and its lines ----
+
+
+@exact
+def place(begin, extent, pixel, k, bins, channels, slots):
+    """The line that box `k` reads: its length in numbers, and whether it is all pixels from the first to the last.
+
+    Where the pixels that the box touches are far apart, the line is only these, one for each entry. `slots`: the pixel
+    of an entry within the line.
+    """
+    row, end, first = begin[k * bins], begin[(k + 1) * bins], extent[0, k]
+    dense = (extent[1, k] - first) * min(channels, LANES) <= (end - row) * LANES
+    for entry in range(row, end):
+        slots[entry - row] = pixel[entry] - first if dense else entry - row
+    return u64((extent[1, k] - first if dense else end - row) * channels if end > row else 0), dense
+
+
+@exact
+def most_entries(begin, numbers, bins):
+    """Of one of the boxes."""
+    most = np.int64(1)
+    for k in numbers:
+        most = max(most, begin[(k + 1) * bins] - begin[k * bins])
+    return most
+
+
+@exact
+def within(pixel, first, stop, top, bottom):
+    """The entries of a bin, whose pixels are in order, from `top` on and above `bottom`."""
+    while first < stop and not top <= pixel[first] < bottom:
+        first += 1
+    while first < stop and not top <= pixel[stop - 1] < bottom:
+        stop -= 1
+    return first, stop
+
+
+@exact
+def set_level(lines, m, y, at, length, channels, again, stored, level):
+    """Fills a line with the pixel there, where that is finite; `again`: with the one that was stored before.
+
+    Changes of weights sum to 0: so a level of the features changes nothing but what rounding leaves of a slope.
+    """
+    for c in range(u64(channels)):
+        if not again:
+            number = lines[m, y, at + c]
+            stored[c] = number if number - number == 0 else 0
+    for i in range(length):
+        level[i] = stored[i % u64(channels)]
+
+
+@sums
+def add_line(lines, m, y, at, length, dense, channels, x0, pixel, row, level, weight, total):
+    """Adds a line less its level. `row`: the box's first entry along x."""
+    if dense:
+        for i in range(length):
+            total[i] += weight * (lines[m, y, at + i] - level[i])
+    else:
+        group = u64(channels)
+        for entry in range(length // group):
+            of, to = u64((pixel[u64(row) + entry] - x0) * channels), entry * group
+            for c in range(group):
+                total[to + c] += weight * (lines[m, y, of + c] - level[to + c])
+
+
+@sums
+def sum_lines(lines, m, y0, at, length, pixel, value, first, stop, total):
+    """The weighted sum of the lines of a bin, all pixels of them and without a level, by twos."""
+    entry = first + (stop - first) % 2
+    if entry > first:
+        y, a = u64(pixel[first] - y0), value[first]
+        for i in range(length):
+            total[i] = a * lines[m, y, at + i]
+    else:
+        for i in range(length):
+            total[i] = 0
+    while entry < stop:
+        y, z, a, b = u64(pixel[entry] - y0), u64(pixel[entry + 1] - y0), value[entry], value[entry + 1]
+        for i in range(length):
+            total[i] += a * lines[m, y, at + i] + b * lines[m, z, at + i]
+        entry += 2
+
+
+@sums
+def take_bins(total, begin, value, row, bins, channels, slots, crop):
+    """Adds bins of a line to a row of them. `row`: of bins, among those of all boxes."""
+    size, base = u64(channels), begin[row]
+    for q in range(bins):
+        out, entry, end = u64(q) * size, begin[row + q], begin[row + q + 1]
+        if channels < LANES:
+            for c in range(size):
+                number = crop[out + c]
+                for e in range(entry, end):
+                    number += value[e] * total[u64(slots[e - base]) * size + c]
+                crop[out + c] = number
+            continue
+        while entry + 1 < end:
+            a, b = u64(slots[entry - base]) * size, u64(slots[entry + 1 - base]) * size
+            u, v = value[entry], value[entry + 1]
+            for c in range(size):
+                crop[out + c] += u * total[a + c] + v * total[b + c]
+            entry += 2
+        if entry < end:
+            a, u = u64(slots[entry - base]) * size, value[entry]
+            for c in range(size):
+                crop[out + c] += u * total[a + c]
+
+
+@sums
+def give_bins(crop, begin, value, row, bins, channels, slots, line):
+    """Adds a row of bins to a line."""
+    size, base = u64(channels), begin[row]
+    for q in range(bins):
+        out = u64(q) * size
+        for entry in range(begin[row + q], begin[row + q + 1]):
+            to, u = u64(slots[entry - base]) * size, value[entry]
+            for c in range(size):
+                line[to + c] += u * crop[out + c]
+
+
+@dots
+def products(grad, at, to_start, to_step, value, of, channels):
+    """Sums over the channels of a bin and a pixel."""
+    zero = grad[0] * 0
+    a, b, c = zero, zero, zero
+    for i in range(channels):
+        g = grad[at + i]
+        a += g * to_start[of + i]
+        b += g * to_step[of + i]
+        c += g * value[of + i]
+    return a, b, c
+
+
+# ---- the three functions ----
+
+
+@sums
+def crops(lines, planes, channels, y0, x0, numbers, images, of_y, bins_y, of_x, bins_x, leveled, levels, again, out):
+    """Crops of the boxes `numbers`, which lie in `images`, each of so many planes of so many channels.
+
+    `again`: they are added to `out`, as those of other terms or other lines. `leveled`: less the level of each box,
+    which is left in `levels` the first time.
+    """
+    begin_y, extent_y, pixel_y, value_y = of_y
+    begin_x, extent_x, pixel_x, value_x = of_x
+    most, bottom, width = most_entries(begin_x, numbers, bins_x), y0 + lines.shape[1], u64(out.shape[2])
+    size = max(lines.shape[2], most * channels)
+    slots, total, level = np.empty(most, np.uint32), np.empty(size, lines.dtype), np.empty(size, lines.dtype)
+    for i in range(size):
+        level[i] = 0
+    for j in range(len(numbers)):
+        k = numbers[j]
+        row, at = begin_x[k * bins_x], u64((extent_x[0, k] - x0) * channels)
+        length, dense = place(begin_x, extent_x, pixel_x, k, bins_x, channels, slots)
+        for plane in range(planes):
+            m, v = u64(images[j] * planes + plane), j * planes + plane
+            if leveled and length > 0 and extent_y[1, k] > 0:
+                set_level(lines, m, u64(0 if again else extent_y[0, k] - y0), at, length, channels, again, levels[v], level)
+            for p in range(bins_y):
+                crop = out[v, p]
+                if not again:
+                    for i in range(width):
+                        crop[i] = 0
+                first, stop = begin_y[k * bins_y + p], begin_y[k * bins_y + p + 1]
+                first, stop = within(pixel_y, first, stop, y0, bottom)
+                if first == stop or length == 0:
+                    continue
+                if dense and not leveled:
+                    sum_lines(lines, m, y0, at, length, pixel_y, value_y, first, stop, total)
+                else:
+                    for i in range(length):
+                        total[i] = 0
+                    for entry in range(first, stop):
+                        y, weight = u64(pixel_y[entry] - y0), value_y[entry]
+                        add_line(lines, m, y, at, length, dense, channels, x0, pixel_x, row, level, weight, total)
+                take_bins(total, begin_x, value_x, k * bins_x, bins_x, channels, slots, crop)
+
+
+@sums
+def spread(lines, planes, channels, y0, x0, top, bottom, numbers, images, of_y, bins_y, of_x, bins_x, grads):
+    """Adds the feature gradient of boxes to lines from `top` to `bottom`, box after box."""
+    begin_y, _, pixel_y, value_y = of_y
+    begin_x, extent_x, pixel_x, value_x = of_x
+    most, group = most_entries(begin_x, numbers, bins_x), u64(channels)
+    slots, line = np.empty(most, np.uint32), np.empty(max(lines.shape[2], most * channels), lines.dtype)
+    for j in range(len(numbers)):
+        k = numbers[j]
+        row, at = begin_x[k * bins_x], u64((extent_x[0, k] - x0) * channels)
+        length, dense = place(begin_x, extent_x, pixel_x, k, bins_x, channels, slots)
+        for plane in range(planes):
+            m, v = u64(images[j] * planes + plane), j * planes + plane
+            for p in range(bins_y):
+                first, stop = begin_y[k * bins_y + p], begin_y[k * bins_y + p + 1]
+                first, stop = within(pixel_y, first, stop, top, bottom)
+                if first == stop or length == 0:
+                    continue
+                for i in range(length):
+                    line[i] = 0
+                give_bins(grads[v, p], begin_x, value_x, k * bins_x, bins_x, channels, slots, line)
+                for entry in range(first, stop):
+                    y, weight = u64(pixel_y[entry] - y0), value_y[entry]
+                    if dense:
+                        for i in range(length):
+                            lines[m, y, at + i] += weight * line[i]
+                    else:
+                        for e in range(length // group):
+                            to, of = u64((pixel_x[u64(row) + e] - x0) * channels), e * group
+                            for c in range(group):
+                                lines[m, y, to + c] += weight * line[of + c]
+
+
+@sums
+def slopes(lines, planes, channels, y0, x0, numbers, images, of_y, bins_y, of_x, bins_x, levels, again, grads, found):
+    """Adds the gradients with respect to start and step along y, then x, of each box."""
+    begin_y, extent_y, pixel_y, value_y, start_y, step_y = of_y
+    begin_x, extent_x, pixel_x, value_x, start_x, step_x = of_x
+    most, bottom, group = most_entries(begin_x, numbers, bins_x), y0 + lines.shape[1], u64(channels)
+    size = max(lines.shape[2], most * channels)
+    slots, level = np.empty(most, np.uint32), np.empty(size, lines.dtype)
+    value, to_start, to_step = np.empty(size, lines.dtype), np.empty(size, lines.dtype), np.empty(size, lines.dtype)
+    for j in range(len(numbers)):
+        k = numbers[j]
+        row, at = begin_x[k * bins_x], u64((extent_x[0, k] - x0) * channels)
+        length, dense = place(begin_x, extent_x, pixel_x, k, bins_x, channels, slots)
+        if length == 0 or extent_y[1, k] == 0:
+            continue
+        for plane in range(planes):
+            m, v = u64(images[j] * planes + plane), j * planes + plane
+            set_level(lines, m, u64(0 if again else extent_y[0, k] - y0), at, length, channels, again, levels[v], level)
+            for p in range(bins_y):
+                first, stop = begin_y[k * bins_y + p], begin_y[k * bins_y + p + 1]
+                first, stop = within(pixel_y, first, stop, y0, bottom)
+                if first == stop:
+                    continue
+                for i in range(length):
+                    value[i] = to_start[i] = to_step[i] = 0
+                for e in range(first, stop):
+                    y = u64(pixel_y[e] - y0)
+                    add_line(lines, m, y, at, length, dense, channels, x0, pixel_x, row, level, value_y[e], value)
+                    add_line(lines, m, y, at, length, dense, channels, x0, pixel_x, row, level, start_y[e], to_start)
+                    add_line(lines, m, y, at, length, dense, channels, x0, pixel_x, row, level, step_y[e], to_step)
+                grad = grads[v, p]
+                a, b, c, d = 0.0, 0.0, 0.0, 0.0
+                for q in range(bins_x):
+                    for e in range(begin_x[k * bins_x + q], begin_x[k * bins_x + q + 1]):
+                        s, t, u = products(
+                            grad, u64(q) * group, to_start, to_step, value, u64(slots[e - row]) * group, group
+                        )
+                        a += value_x[e] * s
+                        b += value_x[e] * t
+                        c += start_x[e] * u
+                        d += step_x[e] * u
+                found[j, 0] += a
+                found[j, 1] += b
+                found[j, 2] += c
+                found[j, 3] += d
+
+
+# ---- planes and pixels ----
+
+PIECE = 16
+"""Columns that are brought over at a time: a cache line of each channel."""
+
+
+@sums
+def gather(planes, numbers, channel, y0, x0, pixels):
+    """Parts of (M, C, H, W) planes as (n, h, w, B) pixels, from a channel, a row and a column on."""
+    width, channels = u64(pixels.shape[2]), u64(pixels.shape[3])
+    for j in range(len(numbers)):
+        m = u64(numbers[j])
+        for row in range(pixels.shape[1]):
+            y, to = u64(y0 + row), pixels[j, row]
+            for x in range(u64(0), width, u64(PIECE)):
+                count = min(u64(PIECE), width - x)
+                for c in range(channels):
+                    of, at = u64(channel) + c, u64(x0) + x
+                    for i in range(count):
+                        to[x + i, c] = planes[m, of, y, at + i]
+
+
+@sums
+def scatter(pixels, numbers, channel, y0, x0, again, planes):
+    """The reverse; `again`: added."""
+    width, channels = u64(pixels.shape[2]), u64(pixels.shape[3])
+    for j in range(len(numbers)):
+        m = u64(numbers[j])
+        for row in range(pixels.shape[1]):
+            y, of = u64(y0 + row), pixels[j, row]
+            for x in range(u64(0), width, u64(PIECE)):
+                count = min(u64(PIECE), width - x)
+                for c in range(channels):
+                    to, at = u64(channel) + c, u64(x0) + x
+                    if again:
+                        for i in range(count):
+                            planes[m, to, y, at + i] += of[x + i, c]
+                    else:
+                        for i in range(count):
+                            planes[m, to, y, at + i] = of[x + i, c]
