@@ -152,7 +152,7 @@ def taps(rule: Rule, position: Real, size: int, real: Any) -> tuple[Any, Any, Re
     elif rule.taps == _LINEAR_CEIL:
         high = np.minimum(np.int64(np.ceil(position)), last)
     else:
-        low = np.minimum(low, max(last - 1, 0))
+        low = np.minimum(low, np.maximum(last - 1, 0))
         high = np.minimum(low + 1, last)
     return low, high, position - real(low)
 

@@ -61,30 +61,30 @@ def _signature(name: str, dtype: str) -> tuple[Any, ...]:
     f, i, lines = numba.from_dtype(np.dtype(dtype)), _in(_I), _in(numba.from_dtype(np.dtype(dtype)), 3)
     weights = (numba.types.Tuple((i, _in(_I, 2), i, _in(f))), _I)
     sloped = (numba.types.Tuple((i, _in(_I, 2), i, _in(f), _in(f), _in(f))), _I)
-    where = (_I, _I, _I, _I)
+    where, scratch = (_I, _I, _I, _I), (_out(numba.uint32, 1), _out(f, 2))
     if name == "rows":
-        spec = numba.typeof(_Spec(0, 0, 0, 1.0, 1, True))
-        return spec, _in(f), _in(f), _I, _I, _I
+        spec, found = numba.typeof(_Spec(0, 0, 0, 1.0, 1, True)), _out(numba.float64, 1)
+        return spec, _in(f), _in(f), _I, _I, _out(_I, 1), _out(_I, 2), _out(_I, 1), found, found, found
     if name == "crops":
-        return lines, *where, i, i, *weights, *weights, _B, _out(f, 2), _B, _out(f, 3)
+        return lines, *where, i, i, *weights, *weights, *scratch, _B, _out(f, 2), _B, _out(f, 3)
     if name == "spread":
-        return _out(f, 3), *where, _I, _I, i, i, *weights, *weights, lines
+        return _out(f, 3), *where, _I, _I, i, i, *weights, *weights, *scratch, lines
     if name == "slopes":
-        return lines, *where, i, i, *sloped, *sloped, _out(f, 2), _B, lines, _out(numba.float64, 2)
+        return lines, *where, i, i, *sloped, *sloped, *scratch, _out(f, 2), _B, lines, _out(numba.float64, 2)
     if name == "gather":
         return _in(f, 4), i, _I, _I, _I, _out(f, 4)
     return _in(f, 4), i, _I, _I, _I, _B, _out(f, 4)  # scatter
 
 
-NAMES = ("crops", "spread", "slopes", "gather", "scatter")
+NAMES = ("rows", "crops", "spread", "slopes", "gather", "scatter")
 
 _lock = threading.Lock()
 
 
 @functools.cache
-def _loop(name: str, dtype: str, weights: str = "") -> Any:
-    """A loop as machine code, from the cache on disk if it is there. Dtypes are f and d; `weights`: of rows."""
-    source = loops.make_rows(*(np.dtype(d).type for d in (dtype, weights))) if weights else getattr(loops, name)
+def _loop(name: str, dtype: str) -> Any:
+    """A loop as machine code, from the cache on disk if it is there. The dtype is f or d."""
+    source = getattr(loops, name)
     options = {key: source.targetoptions[key] for key in ("nogil", "error_model", "fastmath") if key in source.targetoptions}
     signature = _signature(name, dtype)
     with _lock, _cache_folder() as folder:
@@ -115,8 +115,6 @@ def _cache_folder() -> Iterator[str | None]:
 def compile_all() -> None:
     for name, dtype in itertools.product(NAMES, "fd"):
         _loop(name, dtype)
-    for dtypes in itertools.product("fd", "fd"):
-        _loop("rows", *dtypes)
 
 
 # ---- rows ----
@@ -124,7 +122,13 @@ def compile_all() -> None:
 
 def rows(rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int, slopes: bool, dtype: np.dtype) -> Rows:
     """`Rows`, the same as those of weights.py."""
-    return Rows(*_loop("rows", low.dtype.char, dtype.char)(_spec(rule), low, high, bins, size, slopes))
+    capacity = int(weights.entries(rule, low, high, bins, size).sum())
+    begin, extent, pixel = (np.empty(shape, np.int64) for shape in (len(low) * bins + 1, (2, len(low)), capacity))
+    value, to_start, to_step = (np.empty(length) for length in (capacity, *[capacity * slopes] * 2))
+    end = _loop("rows", low.dtype.char)(
+        _spec(rule), low, high, bins, size, begin, extent, pixel, value, to_start, to_step
+    )
+    return Rows(begin, extent, pixel[:end], *(column[:end].astype(dtype) for column in (value, to_start, to_step)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -193,7 +197,7 @@ def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
                 for again, (y, x) in enumerate(terms):
                     crop(
                         *lines, 0, 0, numbers, images, y[:4], job.rule.bins[0], x[:4], job.rule.bins[1],
-                        leveled, levels, again > 0, of,
+                        *_scratch(job, lines.lines, lines.channels, x, 2), leveled, levels, again > 0, of,
                     )  # fmt: skip
 
             threads.run(direct, threads.parts(some.stop - some.start, _cost(job, terms)), _cost(job, terms))
@@ -214,7 +218,7 @@ def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
                         crop(
                             _flat(pixels), 1, channels, strip.start, window.columns.start, numbers, images,
                             y[:4], job.rule.bins[0], x[:4], job.rule.bins[1],
-                            leveled, levels, again > 0 or strip.start > window.rows.start, _flat(made),
+                            *_scratch(job, _flat(pixels), channels, x, 2), leveled, levels, again > 0 or strip.start > window.rows.start, _flat(made),
                         )  # fmt: skip
                 _return(made, some.start + numbers, window.channels, 0, 0, False, output)
 
@@ -237,7 +241,7 @@ def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
                 band: slice, lines: _Lines = lines, grads: Any = grads, at: Any = (numbers, images), terms: Any = terms
             ) -> None:
                 for y, x in terms:
-                    spread(*lines, 0, 0, band.start, band.stop, *at, y[:4], bins[0], x[:4], bins[1], grads)
+                    spread(*lines, 0, 0, band.start, band.stop, *at, y[:4], bins[0], x[:4], bins[1], *_scratch(job, lines.lines, lines.channels, x, 1), grads)
 
             # A thread owns a band of every image, and adds all boxes to it in their order.
             threads.run(direct, threads.parts(total.shape[2], _cost(job, terms)), _cost(job, terms))
@@ -254,7 +258,8 @@ def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
                     for y, x in terms:
                         spread(
                             _flat(pixels), 1, pixels.shape[3], strip.start, window.columns.start, strip.start, strip.stop,
-                            numbers, np.zeros(len(numbers), np.int64), y[:4], bins[0], x[:4], bins[1], _flat(grads),
+                            numbers, np.zeros(len(numbers), np.int64), y[:4], bins[0], x[:4], bins[1],
+                            *_scratch(job, _flat(pixels), pixels.shape[3], x, 1), _flat(grads),
                         )  # fmt: skip
                 image = np.array([window.image])
                 _return(pixels, image, window.channels, strip.start, window.columns.start, True, total)
@@ -285,7 +290,7 @@ def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray)
                     numbers, images = _numbers(job, some, part)
                     levels = np.empty((len(numbers) * lines.planes, lines.channels), job.dtype)
                     of = grads[part.start * lines.planes : part.stop * lines.planes]
-                    slopes(*lines, 0, 0, numbers, images, *w, levels, False, of, to[part])
+                    slopes(*lines, 0, 0, numbers, images, *w, *_scratch(job, lines.lines, lines.channels, x, 4), levels, False, of, to[part])
 
                 threads.run(direct, threads.parts(some.stop - some.start, cost), cost)
             else:
@@ -304,7 +309,8 @@ def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray)
                                 _bring(features, np.array([window.image]), window, strip, pixels)
                             slopes(
                                 _flat(pixels), 1, channels, strip.start, window.columns.start, numbers,
-                                np.zeros(len(numbers), np.int64), *w, levels, strip.start > window.rows.start,
+                                np.zeros(len(numbers), np.int64), *w, *_scratch(job, _flat(pixels), channels, x, 4),
+                                levels, strip.start > window.rows.start,
                                 _flat(grads), to[done : done + len(numbers)],
                             )  # fmt: skip
                         done += len(numbers)
@@ -323,6 +329,12 @@ def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray)
 def _numbers(job: Job, some: slice, part: slice) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of boxes within their group, and their images."""
     return np.arange(part.start, part.stop), job.images[some][part]
+
+
+def _scratch(job: Job, lines: np.ndarray, channels: int, x: Rows, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a loop needs to work: the place of each entry of a box, and so many lines."""
+    most = int(np.diff(x.begin[:: job.rule.bins[1]]).max())
+    return np.empty(most, np.uint32), np.empty((count, max(lines.shape[2], most * channels)), job.dtype)
 
 
 def _flat(pixels: np.ndarray) -> np.ndarray:

@@ -43,8 +43,21 @@ def _select(condition, a, b):
     return lambda condition, a, b: a if condition else b
 
 
+def type_of(number):
+    """numpy.float32 or numpy.float64."""
+
+
+@overload(type_of)
+def _type_of(number):
+    real = np.float32 if number == numba.float32 else np.float64
+    return lambda number: real
+
+
 exact = numba.njit(nogil=True, error_model="numpy")
 """For positions, whose operations must be rounded one by one."""
+
+inline = numba.njit(inline="always")
+"""A part of each function that calls it, compiled along with that: faster than on its own."""
 
 sums = numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
 """A product and a sum may be one instruction."""
@@ -53,87 +66,70 @@ dots = numba.njit(nogil=True, error_model="numpy", fastmath={"contract", "reasso
 """A sum may be made in parts, as many as the processor has lanes."""
 
 
-def make_rows(real, dtype):
-    """For positions of type `real`, and weights of `dtype`."""
-
-    def rows(rule, low, high, bins, size, slopes):
-        """`Rows` of boxes along one axis: begin, pixel, value, to_start, to_step."""
-        capacity = 0
-        for k in range(len(low)):
-            _, _, samples = geometry.affine(rule, low[k], high[k], bins, size, real)
-            capacity += bins * min(2 * samples, size)
-        begin, pixel = np.empty(len(low) * bins + 1, np.int64), np.empty(capacity, np.int64)
-        extent = np.empty((2, len(low)), np.int64)
-        value = np.empty(capacity, np.float64)
-        to_start, to_step = np.empty(capacity * slopes, np.float64), np.empty(capacity * slopes, np.float64)
-        end = 0
-        for k in range(len(low)):
-            start, step, samples = geometry.affine(rule, low[k], high[k], bins, size, real)
-            share = 1.0 / samples
-            for p in range(bins):
-                row = end
-                begin[k * bins + p] = row
-                origin = geometry.origin(start, step, p, real)
-                first, stop = np.int64(0), np.int64(samples)
-                if samples > geometry.EVERY_SAMPLE:
-                    first, stop = geometry.candidates(start, step, samples, origin, size, real)
-                for i in range(first, stop):
-                    position = geometry.position(rule, origin, step, samples, i, real)
-                    if not geometry.inside(rule, position, size):
+@exact
+def rows(rule, low, high, bins, size, begin, extent, pixel, value, to_start, to_step):
+    """Fills `Rows` of boxes along one axis; returns the number of entries. Empty slopes are not asked for."""
+    real, slopes = type_of(low[0]), len(to_start) > 0
+    end = 0
+    for k in range(len(low)):
+        start, step, samples = geometry.affine(rule, low[k], high[k], bins, size, real)
+        share = 1.0 / samples
+        extent[0, k], extent[1, k] = size, 0
+        for p in range(bins):
+            row = end
+            begin[k * bins + p] = row
+            origin = geometry.origin(start, step, p, real)
+            first, stop = np.int64(0), np.int64(samples)
+            if samples > geometry.EVERY_SAMPLE:
+                first, stop = geometry.candidates(start, step, samples, origin, size, real)
+            for i in range(first, stop):
+                position = geometry.position(rule, origin, step, samples, i, real)
+                if not geometry.inside(rule, position, size):
+                    continue
+                under, over, fraction = geometry.taps(rule, position, size, real)
+                slope = share if over > under else 0.0
+                for tap in range(2):  # in the order in which the box goes, so that pixels are in order
+                    at, weight, sign = under, (1.0 - np.float64(fraction)) * share, -1.0
+                    if (tap == 1) != (step < 0):
+                        at, weight, sign = over, np.float64(fraction) * share, 1.0
+                    if weight == 0 and (slope == 0 or not slopes):
                         continue
-                    under, over, fraction = geometry.taps(rule, position, size, real)
-                    slope = share if over > under else 0.0
-                    for tap in range(2):
-                        at, weight, sign = under, (1.0 - np.float64(fraction)) * share, -1.0
-                        if tap == 1:
-                            at, weight, sign = over, np.float64(fraction) * share, 1.0
-                        if weight == 0 and (slope == 0 or not slopes):
-                            continue
-                        # Positions go one way, so a pixel that was met before is among the last three.
-                        entry = end - 1
-                        while entry >= row and entry >= end - 3 and pixel[entry] != at:
-                            entry -= 1
-                        if entry < row or entry < end - 3:
-                            entry = end
-                            end += 1
-                            pixel[entry] = at
-                            value[entry] = 0
-                            if slopes:
-                                to_start[entry] = to_step[entry] = 0
-                        value[entry] += weight
+                    # Positions go one way, so a pixel that was met before is one of the last two.
+                    entry = end - 1
+                    while entry >= row and entry >= end - 2 and pixel[entry] != at:
+                        entry -= 1
+                    if entry < row or entry < end - 2:
+                        entry = end
+                        end += 1
+                        pixel[entry] = at
+                        value[entry] = 0
                         if slopes:
-                            to_start[entry] += sign * slope
-                            to_step[entry] += sign * slope * geometry.lever(rule, p, samples, i)
-                if slopes:  # those of neighbours may have cancelled out
-                    kept = row
-                    for entry in range(row, end):
-                        if value[entry] != 0 or to_start[entry] != 0 or to_step[entry] != 0:
-                            pixel[kept], value[kept] = pixel[entry], value[entry]
-                            to_start[kept], to_step[kept] = to_start[entry], to_step[entry]
-                            kept += 1
-                    end = kept
-            first_pixel, last_pixel = np.int64(size), np.int64(-1)
-            for entry in range(begin[k * bins], end):
-                first_pixel, last_pixel = min(first_pixel, pixel[entry]), max(last_pixel, pixel[entry])
-            extent[0, k], extent[1, k] = first_pixel, last_pixel + 1
-        begin[len(low) * bins] = end
-        sloped = end * slopes
-        return (
-            begin,
-            extent,
-            pixel[:end],
-            value[:end].astype(dtype),
-            to_start[:sloped].astype(dtype),
-            to_step[:sloped].astype(dtype),
-        )
-
-    return exact(rows)
+                            to_start[entry] = to_step[entry] = 0
+                    value[entry] += weight
+                    if slopes:
+                        to_start[entry] += sign * slope
+                        to_step[entry] += sign * slope * geometry.lever(rule, p, samples, i)
+            kept = row
+            for entry in range(row, end):
+                # The slopes of neighbours may have cancelled out.
+                if value[entry] != 0 or (slopes and (to_start[entry] != 0 or to_step[entry] != 0)):
+                    pixel[kept], value[kept] = pixel[entry], value[entry]
+                    if slopes:
+                        to_start[kept], to_step[kept] = to_start[entry], to_step[entry]
+                    if pixel[kept] < extent[0, k]:
+                        extent[0, k] = pixel[kept]
+                    if pixel[kept] >= extent[1, k]:
+                        extent[1, k] = pixel[kept] + 1
+                    kept += 1
+            end = kept
+    begin[len(low) * bins] = end
+    return end
 
 
 # ---- one box along x, and its lines ----
 
 
-@exact
+@inline
 def place(begin, extent, pixel, k, bins, channels, slots):
     """The line that box `k` reads: its length in numbers, and whether it is all pixels from the first to the last.
 
@@ -147,16 +143,7 @@ def place(begin, extent, pixel, k, bins, channels, slots):
     return u64((extent[1, k] - first if dense else end - row) * channels if end > row else 0), dense
 
 
-@exact
-def most_entries(begin, numbers, bins):
-    """Of one of the boxes."""
-    most = np.int64(1)
-    for k in numbers:
-        most = max(most, begin[(k + 1) * bins] - begin[k * bins])
-    return most
-
-
-@exact
+@inline
 def within(pixel, first, stop, top, bottom):
     """The entries of a bin, whose pixels are in order, from `top` on and above `bottom`."""
     while first < stop and not top <= pixel[first] < bottom:
@@ -166,7 +153,7 @@ def within(pixel, first, stop, top, bottom):
     return first, stop
 
 
-@exact
+@inline
 def set_level(lines, m, y, at, length, channels, again, stored, level):
     """Fills a line with the pixel there, where that is finite; `again`: with the one that was stored before.
 
@@ -180,7 +167,7 @@ def set_level(lines, m, y, at, length, channels, again, stored, level):
         level[i] = stored[i % u64(channels)]
 
 
-@sums
+@inline
 def add_line(lines, m, y, at, length, dense, channels, x0, pixel, row, level, weight, total):
     """Adds a line less its level. `row`: the box's first entry along x."""
     if dense:
@@ -194,7 +181,7 @@ def add_line(lines, m, y, at, length, dense, channels, x0, pixel, row, level, we
                 total[to + c] += weight * (lines[m, y, of + c] - level[to + c])
 
 
-@sums
+@inline
 def sum_lines(lines, m, y0, at, length, pixel, value, first, stop, total):
     """The weighted sum of the lines of a bin, all pixels of them and without a level, by twos."""
     entry = first + (stop - first) % 2
@@ -212,7 +199,7 @@ def sum_lines(lines, m, y0, at, length, pixel, value, first, stop, total):
         entry += 2
 
 
-@sums
+@inline
 def take_bins(total, begin, value, row, bins, channels, slots, crop):
     """Adds bins of a line to a row of them. `row`: of bins, among those of all boxes."""
     size, base = u64(channels), begin[row]
@@ -237,7 +224,7 @@ def take_bins(total, begin, value, row, bins, channels, slots, crop):
                 crop[out + c] += u * total[a + c]
 
 
-@sums
+@inline
 def give_bins(crop, begin, value, row, bins, channels, slots, line):
     """Adds a row of bins to a line."""
     size, base = u64(channels), begin[row]
@@ -266,7 +253,9 @@ def products(grad, at, to_start, to_step, value, of, channels):
 
 
 @sums
-def crops(lines, planes, channels, y0, x0, numbers, images, of_y, bins_y, of_x, bins_x, leveled, levels, again, out):
+def crops(
+    lines, planes, channels, y0, x0, numbers, images, of_y, bins_y, of_x, bins_x, slots, scratch, leveled, levels, again, out,
+):  # fmt: skip
     """Crops of the boxes `numbers`, which lie in `images`, each of so many planes of so many channels.
 
     `again`: they are added to `out`, as those of other terms or other lines. `leveled`: less the level of each box,
@@ -274,10 +263,8 @@ def crops(lines, planes, channels, y0, x0, numbers, images, of_y, bins_y, of_x, 
     """
     begin_y, extent_y, pixel_y, value_y = of_y
     begin_x, extent_x, pixel_x, value_x = of_x
-    most, bottom, width = most_entries(begin_x, numbers, bins_x), y0 + lines.shape[1], u64(out.shape[2])
-    size = max(lines.shape[2], most * channels)
-    slots, total, level = np.empty(most, np.uint32), np.empty(size, lines.dtype), np.empty(size, lines.dtype)
-    for i in range(size):
+    bottom, width, total, level = y0 + lines.shape[1], u64(out.shape[2]), scratch[0], scratch[1]
+    for i in range(len(level)):
         level[i] = 0
     for j in range(len(numbers)):
         k = numbers[j]
@@ -308,12 +295,13 @@ def crops(lines, planes, channels, y0, x0, numbers, images, of_y, bins_y, of_x, 
 
 
 @sums
-def spread(lines, planes, channels, y0, x0, top, bottom, numbers, images, of_y, bins_y, of_x, bins_x, grads):
+def spread(
+    lines, planes, channels, y0, x0, top, bottom, numbers, images, of_y, bins_y, of_x, bins_x, slots, scratch, grads,
+):  # fmt: skip
     """Adds the feature gradient of boxes to lines from `top` to `bottom`, box after box."""
     begin_y, _, pixel_y, value_y = of_y
     begin_x, extent_x, pixel_x, value_x = of_x
-    most, group = most_entries(begin_x, numbers, bins_x), u64(channels)
-    slots, line = np.empty(most, np.uint32), np.empty(max(lines.shape[2], most * channels), lines.dtype)
+    group, line = u64(channels), scratch[0]
     for j in range(len(numbers)):
         k = numbers[j]
         row, at = begin_x[k * bins_x], u64((extent_x[0, k] - x0) * channels)
@@ -341,14 +329,14 @@ def spread(lines, planes, channels, y0, x0, top, bottom, numbers, images, of_y, 
 
 
 @sums
-def slopes(lines, planes, channels, y0, x0, numbers, images, of_y, bins_y, of_x, bins_x, levels, again, grads, found):
+def slopes(
+    lines, planes, channels, y0, x0, numbers, images, of_y, bins_y, of_x, bins_x, slots, scratch, levels, again, grads, found,
+):  # fmt: skip
     """Adds the gradients with respect to start and step along y, then x, of each box."""
     begin_y, extent_y, pixel_y, value_y, start_y, step_y = of_y
     begin_x, extent_x, pixel_x, value_x, start_x, step_x = of_x
-    most, bottom, group = most_entries(begin_x, numbers, bins_x), y0 + lines.shape[1], u64(channels)
-    size = max(lines.shape[2], most * channels)
-    slots, level = np.empty(most, np.uint32), np.empty(size, lines.dtype)
-    value, to_start, to_step = np.empty(size, lines.dtype), np.empty(size, lines.dtype), np.empty(size, lines.dtype)
+    bottom, group = y0 + lines.shape[1], u64(channels)
+    level, value, to_start, to_step = scratch[0], scratch[1], scratch[2], scratch[3]
     for j in range(len(numbers)):
         k = numbers[j]
         row, at = begin_x[k * bins_x], u64((extent_x[0, k] - x0) * channels)

@@ -133,22 +133,23 @@ class Job(NamedTuple):
 
     def _groups(self) -> Iterator[slice]:
         """Boxes whose rows fit into the workspace; a single one where they do not."""
-        entries: Any = 0
-        for low, high, bins, size in zip(self.low, self.high, self.rule.bins, self.shape[2:], strict=True):
-            samples: Any = self.rule.sampling_ratio
-            if not samples:
-                samples = geometry.affine(self.rule, low, high, bins, size, self.low.dtype.type)[2]
-            entries = entries + bins * np.minimum(2 * samples, size)
-        if np.ndim(entries) == 0:
-            step = max(1, WORKSPACE // _ENTRY // int(entries))
-            yield from (slice(k, min(k + step, self.boxes)) for k in range(0, self.boxes, step))
-            return
-        ends, start = np.cumsum(entries), 0
+        most = WORKSPACE // _ENTRY
+        along = zip(self.low, self.high, self.rule.bins, self.shape[2:], strict=True)
+        each = sum(entries(self.rule, *axis) for axis in along)
+        ends, start = np.cumsum(each), 0
         while start < self.boxes:
-            limit = WORKSPACE // _ENTRY + (ends[start - 1] if start else 0)
+            limit = most + (ends[start - 1] if start else 0)
             stop = max(start + 1, int(np.searchsorted(ends, limit, "right")))
             yield slice(start, stop)
             start = stop
+
+
+def entries(rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int) -> np.ndarray:
+    """(K,) at most how many entries boxes have along an axis."""
+    if rule.sampling_ratio:
+        return np.full(low.shape, bins * min(2 * rule.sampling_ratio, size))
+    samples = geometry.affine(rule, low, high, bins, size, low.dtype.type)[2]
+    return bins * np.minimum(2 * samples, size)
 
 
 def _edges(rule: Rule, boxes: np.ndarray) -> np.ndarray:
