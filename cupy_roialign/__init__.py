@@ -1,8 +1,8 @@
-"""Region-of-interest operators for any array: crop_and_resize, roi_crop, roi_align, and their gradients."""
+"""Region-of-interest operators for any array: crop_and_resize, roi_crop, roi_align, with gradients."""
 
-from cupy_roialign.checks import checked
+from cupy_roialign.cpu.threads import get_num_threads, set_num_threads
+from cupy_roialign.gpu.index_checks import checked
 from cupy_roialign.operators import crop_and_resize, roi_align, roi_crop, vjp
-from cupy_roialign.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 

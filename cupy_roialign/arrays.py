@@ -11,18 +11,22 @@ SIGNED = ("int8", "int16", "int32", "int64")
 INTEGERS = (*SIGNED, "uint8", "uint16", "uint32", "uint64")
 REALS = (*FLOATS, *INTEGERS, "bool")
 
-# Both make the name anew each time. Not in one, for torch.compile knows no dict that has NumPy's dtypes.
+# Dtypes build their names anew each time. Two tables, since torch.compile takes no dict with NumPy's dtypes as keys.
 _NAMES = {np.dtype(name): name for name in ("float16", "float32", "float64", *INTEGERS)}
 TORCH_NAMES: dict[Any, str] = {}
-"""Of torch's dtypes, as soon as tensors.py is imported."""
+"""Those of torch's dtypes, which torch/tensors.py enters."""
 
 
 class ArraySpec(NamedTuple):
-    """An array but for its elements."""
+    """An array without its elements."""
 
     shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    strides: tuple[int, ...]  # in any unit
     dtype: str
+
+    @classmethod
+    def of(cls, array: Any) -> ArraySpec:
+        return cls(tuple(array.shape), tuple(strides(array)), dtype_name(array))
 
 
 def dtype_name(array: Any) -> str:
@@ -33,7 +37,7 @@ def dtype_name(array: Any) -> str:
 
 
 def strides(array: Any) -> tuple[int, ...]:
-    """In bytes or, a tensor's, in elements."""
+    """In bytes or, for a tensor, in elements."""
     return array.stride() if hasattr(array, "stride") else array.strides
 
 

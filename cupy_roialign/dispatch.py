@@ -1,75 +1,21 @@
-"""From arrays to where they are computed on, without importing a library that is not in use."""
+"""From the arrays of a call to the adapter that computes with them, without importing a library that is not in use."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 
-from cupy_roialign.geometry import Rule
+from cupy_roialign import adapters
+from cupy_roialign.adapters import Adapter, ArrayAdapter
+from cupy_roialign.cpu import backend as cpu
 
 _CPU = "the CPU"
 _PLACES = {1: _CPU, 2: "GPU {}", 10: "GPU {} (ROCm)"}  # by DLPack's numbers
 
-
-class Request(NamedTuple):
-    """A checked call of an operator, in terms that every backend understands; the order is that of their arguments."""
-
-    features: Any  # (N, C, H, W)
-    boxes: Any  # (K, 4 or 5)
-    batch_indices: Any  # (K,), integers or the first column of (K, 5) boxes
-    rule: Rule
-
-
-class Home(Protocol):
-    """Where arrays of one kind are computed on. What it is given are arrays as `home` has returned them."""
-
-    def join(self, boxes: list[Any], like: Any) -> tuple[Any, Any]:
-        """Lists of (L_i, 4) boxes, one for each image, as (K, 4) boxes and (K,) batch indices, beside `like`."""
-
-    def column(self, boxes: Any) -> Any:
-        """The first column of (K, 5) boxes, or the boxes, where that is cut out later."""
-
-    def forward(self, request: Request) -> Any:
-        """The crops, as the caller's kind of array."""
-
-    def vjp(self, request: Request) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
-        """The crops, and the function from the gradient to them to those to the features and the boxes.
-
-        All of these are of the caller's kind.
-        """
-
-
-class ArrayHome:
-    """A backend, how arrays of the caller's kind become the backend's, and results the caller's."""
-
-    def __init__(
-        self,
-        backend: Any,
-        take: Callable[[str, Any], Any] = lambda name, array: array,  # the name is for errors
-        give: Callable[[Any], Any] = lambda array: array,
-    ):
-        self._backend, self.take, self._give = backend, take, give
-
-    def join(self, boxes: list[Any], like: Any) -> tuple[Any, Any]:
-        joined: tuple[Any, Any] = self._backend.join(boxes, like)
-        return joined
-
-    def column(self, boxes: Any) -> Any:
-        return boxes[:, 0]
-
-    def forward(self, request: Request) -> Any:
-        return self._give(self._backend.forward(*request))
-
-    def vjp(self, request: Request) -> tuple[Any, Callable[[Any], tuple[Any, Any]]]:
-        def pullback(grad_output: Any) -> tuple[Any, Any]:
-            grad = self.take("grad_output", grad_output)
-            to_features = self._backend.feature_gradient(grad, *request)
-            return self._give(to_features), self._give(self._backend.box_gradient(grad, *request))
-
-        return self.forward(request), pullback
+NUMBERS = (list, tuple, int, np.integer)
+"""What a caller may write in place of boxes and indices; it becomes an array later, beside the others."""
 
 
 def _as_numpy(name: str, array: np.ndarray) -> np.ndarray:
@@ -87,23 +33,27 @@ def _over_dlpack(name: str, array: Any) -> np.ndarray:
         ) from error
 
 
-def home(kept: bool, /, **named: Any) -> tuple[Home, dict[str, Any]]:
-    """The home of some arguments, which must be arrays of one library on one device, and what it takes them as.
+def adapter(kept: bool, features: tuple[str, Any], /, **others: Any) -> tuple[Adapter, list[Any]]:
+    """The adapter for some arguments, and what it takes them as: arrays of one library on one device, or `NUMBERS`.
 
     `kept`: they are read after the call, too, when the caller may have given tensors another memory.
     """
+    name, first = features
+    named = {name: first}
+    for other, value in others.items():
+        if not isinstance(value, NUMBERS):
+            named[other] = value
     library, place = together(named)
-    name, first = next(iter(named.items()))
     if library == "torch":
         if place.startswith("cuda"):
             _need_cupy(name, first)
         elif place != _CPU:
             raise TypeError(_out_of_reach(name, first))
-        from cupy_roialign import tensor_home
-
-        return tensor_home.home(named, kept)
-    arrays = _array_home(library, place, name, first)
-    return arrays, {other: arrays.take(other, array) for other, array in named.items()}
+        chosen, taken = adapters.of_torch.adapter(named, kept)
+    else:
+        chosen = _array_adapter(library, place, name, first)
+        taken = {other: chosen.take(other, array) for other, array in named.items()}
+    return chosen, [taken[name], *(taken.get(other, value) for other, value in others.items())]
 
 
 def together(named: dict[str, Any]) -> tuple[str, str]:
@@ -113,10 +63,7 @@ def together(named: dict[str, Any]) -> tuple[str, str]:
     for other, array in named.items():
         found = _kind(array)
         if found is None:
-            raise TypeError(
-                f"{other} must be an array, of NumPy, PyTorch or another library that has __dlpack__; got "
-                f"{_describe(array)}; make one with numpy.asarray, torch.as_tensor or the like"
-            )
+            raise not_an_array(other, array)
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{other} is a masked array, and masks have no meaning here; pass {other}.filled(value)")
         if kind is None:
@@ -130,24 +77,31 @@ def together(named: dict[str, Any]) -> tuple[str, str]:
     return kind
 
 
-def _array_home(library: str, place: str, name: str, first: Any) -> ArrayHome:
-    if library == "cupy":
-        from cupy_roialign import cupy_backend
+def not_an_array(name: str, value: Any) -> TypeError:
+    return TypeError(
+        f"{name} must be an array, of NumPy, PyTorch or another library that has __dlpack__; got "
+        f"{_describe(value)}; make one with numpy.asarray, torch.as_tensor or the like"
+    )
 
-        return ArrayHome(cupy_backend)
+
+def _array_adapter(library: str, place: str, name: str, first: Any) -> ArrayAdapter:
+    if library == "cupy" and place.endswith("(ROCm)"):
+        from cupy_roialign.diagnose import problems
+
+        raise TypeError(f"{_out_of_reach(name, first)}: {problems.rocm(problems.machine())}")
+    if library == "cupy":
+        return ArrayAdapter(adapters.of_cupy, sys.modules["cupy"])
     if place != _CPU:
         raise TypeError(_out_of_reach(name, first))
-    from cupy_roialign import numpy_backend
-
     if library == "numpy":
-        return ArrayHome(numpy_backend, _as_numpy)
+        return ArrayAdapter(cpu, take=_as_numpy)
     namespace = getattr(first, "__array_namespace__", None)
     if namespace is None:
         raise TypeError(
             f"{name} is a {_describe(first)}, a library that does not tell how to make an array of it from a result; "
             f"pass numpy.from_dlpack({name}) and convert the result"
         )
-    return ArrayHome(numpy_backend, _over_dlpack, namespace().from_dlpack)
+    return ArrayAdapter(cpu, take=_over_dlpack, give=namespace().from_dlpack)
 
 
 def _out_of_reach(name: str, array: Any) -> str:
@@ -156,10 +110,13 @@ def _out_of_reach(name: str, array: Any) -> str:
 
 
 def _need_cupy(name: str, tensor: Any) -> None:
+    """CuPy for CUDA: to torch a GPU of AMD's is a "cuda" device as well."""
+    if getattr(sys.modules["torch"].version, "hip", None):
+        raise TypeError(f"{_out_of_reach(name, tensor)}: this PyTorch is built for ROCm, and the kernels for CUDA")
     try:
         import cupy  # noqa: F401
     except Exception as error:
-        from cupy_roialign import problems
+        from cupy_roialign.diagnose import problems
 
         raise ImportError(f"{name} is a {_describe(tensor)}, and {problems.cupy_import_failed(error)}") from error
 
@@ -168,14 +125,19 @@ def _kind(array: Any) -> tuple[str, str] | None:
     """The library of an array and where its memory is. Subclasses count as what they are subclasses of."""
     if isinstance(array, np.ndarray):
         return "numpy", _CPU
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
+    if isinstance(array, _class("torch", "Tensor")):
         return "torch", _CPU if array.is_cpu else str(array.device)
     if isinstance(array, type) or not hasattr(array, "__dlpack_device__"):
         return None
     device, number = array.__dlpack_device__()
     place = _PLACES.get(int(device), f"DLPack device type {int(device)}, number {{}}").format(number)
-    return type(array).__module__.partition(".")[0], place
+    library = "cupy" if isinstance(array, _class("cupy", "ndarray")) else type(array).__module__.partition(".")[0]
+    return library, place
+
+
+def _class(library: str, name: str) -> Any:
+    """A class of a library, for isinstance; of none that is not imported, or only in part."""
+    return getattr(sys.modules.get(library), name, ())
 
 
 def _describe(array: Any) -> str:

@@ -1,10 +1,10 @@
-"""Export to ONNX, whose operator RoiAlign can say what ``roi_align``, ``roi_crop`` and ``crop_and_resize`` do::
+"""Export to ONNX, where RoiAlign can express ``roi_align``, ``roi_crop`` and ``crop_and_resize``::
 
     program = torch.onnx.export(
         model, args, dynamo=True, custom_translation_table=cupy_roialign.onnx.translations()
     )
 
-What runs the exported model does not need this package.
+The exported model runs without this package.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from cupy_roialign import ops  # noqa: F401
-from cupy_roialign.geometry import Dialect
+from cupy_roialign.rule import Frame, Rule, Taps
+from cupy_roialign.torch import graph  # noqa: F401  (registers the operators)
 
 _FLOAT, _INT64, _DOUBLE = 1, 7, 11  # of ONNX's TensorProto.DataType
 
@@ -24,23 +24,24 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """For ``torch.onnx.export(..., dynamo=True, custom_translation_table=...)``, opset 18 or newer; needs onnxscript.
 
     ``roi_align`` becomes one RoiAlign (``half_pixel`` if aligned, else ``output_half_pixel``). The others become a
-    RoiAlign with one sample a bin, at the same positions within rounding, and the value outside of the image where a
-    sample leaves it: ONNX's own border is another. ``crop_and_resize`` by nearest neighbour raises
+    RoiAlign with one sample per bin, at the same positions within rounding, and a Where that sets the value outside of
+    the image, since ONNX's own border rule is another. ``crop_and_resize`` by nearest neighbor raises
     NotImplementedError, since RoiAlign has no such mode.
     """
     import onnxscript
 
     op: Any = onnxscript.opset18
 
-    def along(boxes: Any, size: Any, axis: int, dialect: Dialect, bins: int, columns: Sequence[int]) -> tuple[Any, ...]:
+    def along(boxes: Any, size: Any, axis: int, rule: Rule) -> tuple[Any, ...]:
         """On one axis of crops: (K, 1) the edges of RoiAlign's box, and (K, bins) whether a sample is inside."""
-        low, high = (op.Gather(boxes, op.Constant(value_ints=[columns[axis + end]]), axis=1) for end in (0, 2))
+        bins = rule.bins[axis]
+        low, high = (op.Gather(boxes, op.Constant(value_ints=[rule.columns[axis + end]]), axis=1) for end in (0, 2))
         one, half = op.CastLike(op.Constant(value_float=1.0), boxes), op.CastLike(op.Constant(value_float=0.5), boxes)
         count = op.CastLike(op.Constant(value_float=float(bins)), boxes)
         last = op.Sub(op.CastLike(size, boxes), one)
-        if dialect == Dialect.CROP_AND_RESIZE:
+        if rule.frame == Frame.NORMALIZED:
             low, high = op.Mul(low, last), op.Mul(high, last)
-        elif dialect == Dialect.ROI_CROP_CENTERS:
+        elif rule.frame == Frame.CENTERS:
             spacing = op.Div(op.Sub(high, low), count)
             low = op.Sub(op.Add(low, op.Mul(spacing, half)), half)
             high = op.Add(low, op.Mul(spacing, op.Sub(count, one)))
@@ -65,16 +66,10 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         boxes: Any,
         batch_indices: Any,
         directions: Sequence[Any],
-        dialect: int,
-        bins: Sequence[int],
-        columns: Sequence[int],
-        spatial_scale: float,
-        sampling_ratio: int,
-        aligned: bool,
-        nearest: bool,
-        extrapolation_value: float,
+        *packed: Any,
     ) -> Any:
-        if nearest:
+        rule = Rule(*packed)
+        if rule.taps == Taps.NEAREST:
             raise NotImplementedError("ONNX's RoiAlign cannot take the nearest pixel: use method='bilinear' for export")
         if directions:
             raise NotImplementedError("derivatives of crops cannot be exported to ONNX")
@@ -83,27 +78,27 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         indices = op.Cast(batch_indices, to=_INT64)
         # As in eager mode: positions in float32, or float64 where boxes or features are; sums so for the features.
         is_double = [array.dtype == _DOUBLE for array in (features, boxes)]
-        wide = is_double[1] or (is_double[0] and dialect != Dialect.CROP_AND_RESIZE)
+        wide = is_double[1] or (is_double[0] and rule.frame != Frame.NORMALIZED)
         boxes = op.Cast(boxes, to=_DOUBLE if wide else _FLOAT)
         stored = features
         features = op.Cast(features, to=_DOUBLE if wide or is_double[0] else _FLOAT)
         size = op.Shape(features)
-        options = {"output_height": bins[0], "output_width": bins[1], "mode": "avg"}
-        if dialect == Dialect.ROI_ALIGN:
-            order = [columns[i] for i in (1, 0, 3, 2)]
+        options = {"output_height": rule.bins[0], "output_width": rule.bins[1], "mode": "avg"}
+        if rule.frame == Frame.SCALED:
+            order = [rule.columns[i] for i in (1, 0, 3, 2)]
             rois = op.CastLike(op.Gather(boxes, op.Constant(value_ints=order), axis=1), features)
             averages = op.RoiAlign(
                 features,
                 rois,
                 indices,
-                coordinate_transformation_mode="half_pixel" if aligned else "output_half_pixel",
-                sampling_ratio=sampling_ratio,
-                spatial_scale=spatial_scale,
+                coordinate_transformation_mode="half_pixel" if rule.aligned else "output_half_pixel",
+                sampling_ratio=rule.sampling_ratio,
+                spatial_scale=rule.spatial_scale,
                 **options,
             )
             return in_dtype_of(averages, stored)
-        y = along(boxes, op.Gather(size, op.Constant(value_ints=[2])), 0, Dialect(dialect), bins[0], columns)
-        x = along(boxes, op.Gather(size, op.Constant(value_ints=[3])), 1, Dialect(dialect), bins[1], columns)
+        y = along(boxes, op.Gather(size, op.Constant(value_ints=[2])), 0, rule)
+        x = along(boxes, op.Gather(size, op.Constant(value_ints=[3])), 1, rule)
         rois = op.CastLike(op.Concat(x[0], y[0], x[1], y[1], axis=1), features)
         made = op.RoiAlign(
             features,
@@ -116,7 +111,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         )
         rows, places = (op.Unsqueeze(a, op.Constant(value_ints=axes)) for a, axes in ((y[2], [1, 3]), (x[2], [1, 2])))
         inside = op.And(rows, places)
-        value = op.CastLike(op.Constant(value_float=extrapolation_value), features)
+        value = op.CastLike(op.Constant(value_float=rule.extrapolation_value), features)
         return in_dtype_of(op.Where(inside, made, value), stored)
 
     return {torch.ops.cupy_roialign.crops.default: crops}

@@ -5,8 +5,8 @@
     ops.patch()             # a model of torchvision, detectron2 or your own that calls its roi_align now calls ours
     with ops.patch(): ...   # or for a while
 
-Beyond torchvision's: gradients to the boxes, derivatives of any order, float16 and bfloat16 with float32 boxes, the
-same bits each time on a GPU, and boxes that are broken do no harm. torchvision itself is needed by `patch` only.
+Beyond torchvision's: box gradients, derivatives of any order, float16 and bfloat16 features with float32 boxes, bitwise
+reproducible results on a GPU, and safety with broken boxes. torchvision itself is needed by `patch` only.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     from cupy_roialign.torch import CropAndResize, RoIAlign, CropAndResizeFunction
     from cupy_roialign.torch import crop_and_resize, roi_crop, roi_align
 
-The names and signatures of the classes are those of RoIAlign.pytorch, that of `roi_align` is torchvision's.
-Gradients reach the features and, unlike in both of these, the boxes, and are there in every order.
+The names and signatures of the classes are those of RoIAlign.pytorch; `roi_align` has torchvision's signature.
+Gradients of every order are there, with respect to the features and, unlike in both of these, to the boxes.
 
 Features are (N, C, H, W). A tensor of (N, H, W, C), TensorFlow's order, goes in as ``x.permute(0, 3, 1, 2)``: nothing
 is copied, and the crops lie channels-last in memory, so that ``crops.permute(0, 2, 3, 1)`` is contiguous.
@@ -17,26 +17,30 @@ from typing import NoReturn
 
 import torch
 
-from cupy_roialign import operators, ops, validation  # noqa: F401  (ops: a graph that is loaded names them)
-from cupy_roialign.operators import crop_and_resize, roi_crop
+from cupy_roialign import operators, validation
+from cupy_roialign.operators import Numbers, crop_and_resize, roi_crop
+from cupy_roialign.torch import graph  # noqa: F401  (a graph that is loaded names its operators)
 
 __all__ = ["CropAndResize", "CropAndResizeFunction", "RoIAlign", "crop_and_resize", "roi_align", "roi_crop"]
 
 
 def roi_align(
     input: torch.Tensor,
-    boxes: torch.Tensor | Sequence[torch.Tensor],
+    boxes: torch.Tensor | Sequence[torch.Tensor] | Numbers,
     output_size: int | Sequence[int],
     spatial_scale: float = 1.0,
     sampling_ratio: int = -1,
     aligned: bool = False,
+    *,
+    batch_indices: torch.Tensor | Sequence[int] | int | None = None,
 ) -> torch.Tensor:
-    """`cupy_roialign.roi_align` with the signature of ``torchvision.ops.roi_align``.
+    """`cupy_roialign.roi_align` with the signature of ``torchvision.ops.roi_align``, and ``batch_indices``.
 
     Args:
         input: (N, C, H, W) features.
-        boxes: (K, 5) of ``batch_index, x1, y1, x2, y2``, or a list of N tensors (L_i, 4) of ``x1, y1, x2, y2``.
-        output_size, spatial_scale, sampling_ratio, aligned: see `cupy_roialign.roi_align`.
+        boxes: (K, 5) of ``batch_index, x1, y1, x2, y2``, a list of N tensors (L_i, 4) of ``x1, y1, x2, y2``, or (K, 4)
+            with ``batch_indices``.
+        output_size, spatial_scale, sampling_ratio, aligned, batch_indices: see `cupy_roialign.roi_align`.
 
     Returns:
         (K, C, height, width) averages.
@@ -47,7 +51,9 @@ def roi_align(
     >>> roi_align(columns, [torch.tensor([[2.0, 2.0, 8.0, 8.0]])], 3, sampling_ratio=1, aligned=True)[0, 0, 0]
     tensor([2.5000, 4.5000, 6.5000])
     """
-    return operators.roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned)
+    names = ("input", "boxes", "batch_indices")
+    options = (output_size, spatial_scale, sampling_ratio, aligned, batch_indices)
+    return operators.named(operators.roi_align, names, input, boxes, *options)
 
 
 class NotScripted(torch.nn.Module):
@@ -83,8 +89,8 @@ class RoIAlign(NotScripted):
 
     def forward(self, featuremap: torch.Tensor, boxes: torch.Tensor, box_ind: torch.Tensor) -> torch.Tensor:
         """(K, C, crop_height, crop_width) crops of (N, C, H, W) features, for (K, 4) boxes and (K,) indices."""
-        size = (self.crop_height, self.crop_width)
-        return roi_crop(featuremap, boxes, box_ind, size, self.extrapolation_value, self.transform_fpcoor)
+        options = ((self.crop_height, self.crop_width), self.extrapolation_value, self.transform_fpcoor)
+        return operators.named(roi_crop, ("featuremap", "boxes", "box_ind"), featuremap, boxes, box_ind, *options)
 
     def extra_repr(self) -> str:
         return (
@@ -94,7 +100,7 @@ class RoIAlign(NotScripted):
 
 
 class CropAndResize(NotScripted):
-    """RoIAlign.pytorch's module: `cupy_roialign.crop_and_resize` of normalised boxes ``y1, x1, y2, x2``."""
+    """RoIAlign.pytorch's module: `cupy_roialign.crop_and_resize` of normalized boxes ``y1, x1, y2, x2``."""
 
     def __init__(self, crop_height: int, crop_width: int, extrapolation_value: float = 0) -> None:
         super().__init__()
@@ -105,8 +111,8 @@ class CropAndResize(NotScripted):
 
     def forward(self, image: torch.Tensor, boxes: torch.Tensor, box_ind: torch.Tensor) -> torch.Tensor:
         """(K, C, crop_height, crop_width) crops of (N, C, H, W) images, for (K, 4) boxes and (K,) indices."""
-        size = (self.crop_height, self.crop_width)
-        return crop_and_resize(image, boxes, box_ind, size, extrapolation_value=self.extrapolation_value)
+        options = (self.crop_height, self.crop_width, self.extrapolation_value)
+        return CropAndResizeFunction.apply(image, boxes, box_ind, *options)
 
     def extra_repr(self) -> str:
         return (
@@ -137,6 +143,5 @@ class CropAndResizeFunction:
         crop_width: int,
         extrapolation_value: float = 0,
     ) -> torch.Tensor:
-        return crop_and_resize(
-            image, boxes, box_ind, (crop_height, crop_width), extrapolation_value=extrapolation_value
-        )
+        options = ((crop_height, crop_width), "bilinear", extrapolation_value)
+        return operators.named(crop_and_resize, ("image", "boxes", "box_ind"), image, boxes, box_ind, *options)

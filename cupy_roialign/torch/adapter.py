@@ -1,31 +1,30 @@
-"""Tensors: see `dispatch.Home`."""
+"""The adapter of tensors: see adapters.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch._C import _are_functorch_transforms_active as _are_transforms_active
-from torch._C import _is_tracing
-from torch._C import _len_torch_dispatch_stack as _modes
 from torch.autograd import forward_ad
-from torch.compiler import is_dynamo_compiling
 
-from cupy_roialign import autograd, bridge, dispatch, numpy_backend, tensors
-
-if TYPE_CHECKING:
-    from cupy_roialign.dispatch import Request
+from cupy_roialign import validation
+from cupy_roialign.adapters import Adapter, ArrayAdapter
+from cupy_roialign.arrays import ArraySpec
+from cupy_roialign.cpu import backend as cpu
+from cupy_roialign.rule import Request
+from cupy_roialign.torch import bridge, eager, graph, private, tensors
+from cupy_roialign.torch.derivatives import Family
 
 _DENSE = (torch.Tensor, torch.nn.Parameter)
 
 
-def home(named: dict[str, torch.Tensor], kept: bool) -> tuple[dispatch.Home, dict[str, Any]]:
-    """The home of tensors, and what it takes them as.
+def adapter(named: dict[str, torch.Tensor], kept: bool) -> tuple[Adapter, dict[str, Any]]:
+    """The adapter of tensors, and what it takes them as.
 
-    On the CPU, where torch records nothing and they are not `kept` for later, these are arrays: to look at one takes
-    less than to look at a tensor.
+    On the CPU, where torch records nothing and they are not `kept` for later, they become arrays at once: all that
+    follows takes less on an array than on a tensor.
     """
     in_graph = _is_recorded()
     if not kept and not in_graph and not _is_transformed() and tensors.on_cpu(next(iter(named.values()))):
@@ -38,29 +37,35 @@ def home(named: dict[str, torch.Tensor], kept: bool) -> tuple[dispatch.Home, dic
         else:
             return _PLAIN, arrays
     wrapped = [_check(name, tensor, in_graph) for name, tensor in named.items()]
-    return TensorHome(in_graph, any(wrapped)), named
+    return TensorAdapter(in_graph, any(wrapped)), named
 
 
-class TensorHome:
-    """Where tensors are computed on: see `dispatch.Home`. One serves one call."""
+class TensorAdapter:
+    """One serves one call."""
 
     def __init__(self, in_graph: bool, wrapped: bool) -> None:
         self._in_graph = in_graph
         self._wrapped = wrapped  # whether a transform of torch.func has wrapped a tensor
 
-    def join(self, boxes: list[torch.Tensor], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not boxes:
-            return torch.zeros((0, 4), device=like.device), torch.zeros(0, dtype=torch.int64, device=like.device)
+    def array(self, numbers: Sequence[float], shape: tuple[int, ...], dtype: str, like: torch.Tensor) -> torch.Tensor:
+        wide = torch.float64 if dtype.startswith("float") else torch.int64
+        return torch.tensor(numbers, dtype=wide, device=like.device).to(getattr(torch, dtype)).reshape(shape)
+
+    def full(self, count: int, value: int, like: torch.Tensor) -> torch.Tensor:
+        return torch.full((count,), value, dtype=torch.int64, device=like.device)
+
+    def join(self, boxes: Sequence[torch.Tensor], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         counts = [part.shape[0] for part in boxes]  # a graph records `shape`, but not `len`
         if not self._in_graph and tensors.on_cpu(like):
-            return torch.cat(boxes), bridge.tensor(np.repeat(np.arange(len(boxes)), counts))
+            return torch.cat(list(boxes)), bridge.tensor(np.repeat(np.arange(len(boxes)), counts))
         # One by one: on a GPU torch.repeat_interleave waits, and a copy from the host's memory does, too.
-        indices = [torch.full((count,), i, device=like.device) for i, count in enumerate(counts)]
-        return torch.cat(boxes), torch.cat(indices)
+        return torch.cat(list(boxes)), torch.cat([self.full(count, i, like) for i, count in enumerate(counts)])
 
-    def column(self, boxes: torch.Tensor) -> torch.Tensor:
-        # The column is cut out later: see tensors.py and, for a graph, which is one for all who want gradients, ops.py.
-        return boxes if self._in_graph or not boxes.requires_grad else boxes.detach()
+    def column(self, name: str, boxes: torch.Tensor, images: int) -> torch.Tensor:
+        if self._in_graph:
+            return boxes  # graph.py cuts it out, and there the operator checks it: `images` may be a symbol
+        validation.batch_column(name, boxes, images)
+        return boxes.detach() if boxes.requires_grad else boxes  # tensors.py cuts it out
 
     def forward(self, request: Request) -> torch.Tensor:
         return self._family(request).crops(*request, ())
@@ -73,25 +78,27 @@ class TensorHome:
         def pullback(grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             in_graph = _is_recorded()  # which may have begun, or ended, after the call
             grad = _apart(grad_output, _check("grad_output", grad_output, in_graph))
-            family = TensorHome(in_graph, wrapped=False)._family(request)
-            return family.to_features(grad, autograd.like_of(features), *at), family.to_boxes(grad, features, *at)
+            family = TensorAdapter(in_graph, wrapped=False)._family(request)
+            return family.to_features(grad, ArraySpec.of(features), *at), family.to_boxes(grad, features, *at)
 
         return self._family(request).crops(features, *at), pullback
 
-    def _family(self, request: Request) -> autograd.Family:
+    def _family(self, request: Request) -> Family:
         if self._in_graph:
-            from cupy_roialign import ops
-
             compiling = torch.compiler.is_compiling()
-            if _are_transforms_active() or (not compiling and _has_tangent(*request[:2])):
+            if private.transforms_active() or (not compiling and _has_tangent(*request[:2])):
                 raise NotImplementedError(
                     "torch.func's transforms (grad, jvp, vmap, linearize...) cannot be recorded around cupy_roialign "
                     "by torch.compile or a tracer; call them outside of what is compiled, or use autograd in it"
                 )
-            return ops.FAMILY
-        if self._wrapped:
-            _refuse_nested_forward_mode()
-        return autograd.EAGER
+            return graph.FAMILY
+        if self._wrapped and private.nested_forward_mode():
+            # Of two tangents torch loses the outer one, where an autograd Function has a rule for forward mode.
+            raise NotImplementedError(
+                "forward mode within forward mode (jvp of jvp, jacfwd of jacfwd) would be wrong; take reverse mode "
+                "for one of the two, as torch.func.hessian does"
+            )
+        return eager.EAGER
 
 
 def _check(name: str, tensor: torch.Tensor, in_graph: bool) -> bool:
@@ -126,25 +133,13 @@ def _apart(tensor: torch.Tensor, wrapped: bool) -> torch.Tensor:
 
 
 def _is_recorded() -> bool:
-    """Whether what is called is recorded, or done in another mode, by torch: then only an operator of its own is."""
-    return is_dynamo_compiling() or _is_tracing() or _modes() > 0
+    """Whether torch records calls, or has a mode that sees them: then only an operator of torch.library will do."""
+    return private.is_dynamo_compiling() or private.is_tracing() or private.dispatch_modes() > 0
 
 
 def _is_transformed() -> bool:
     """Whether a tensor may have a tangent, or be wrapped by a transform of torch.func."""
-    return forward_ad._current_level >= 0 or _are_transforms_active()
-
-
-def _refuse_nested_forward_mode() -> None:
-    """Of two tangents torch loses the outer one, where an autograd Function has a rule for forward mode."""
-    from torch._functorch import pyfunctorch
-
-    levels = [level.key() for level in pyfunctorch.retrieve_all_functorch_interpreters()]
-    if levels.count(torch._C._functorch.TransformType.Jvp) > 1:
-        raise NotImplementedError(
-            "forward mode within forward mode (jvp of jvp, jacfwd of jacfwd) would be wrong; take reverse mode for one "
-            "of the two, as torch.func.hessian does"
-        )
+    return private.in_dual_level() or private.transforms_active()
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:
@@ -163,7 +158,7 @@ def _has_tangent(*inputs: torch.Tensor) -> bool:
 
 
 def _plain_array(tensor: torch.Tensor) -> np.ndarray | None:
-    """The memory of a tensor that is no more than that; None: of any other."""
+    """The memory of a tensor that is no more than that; None for any other."""
     if type(tensor) not in _DENSE or tensor.requires_grad or tensor.is_neg():
         return None
     try:
@@ -172,4 +167,4 @@ def _plain_array(tensor: torch.Tensor) -> np.ndarray | None:
         return None
 
 
-_PLAIN = dispatch.ArrayHome(numpy_backend, give=bridge.tensor)
+_PLAIN = ArrayAdapter(cpu, give=bridge.tensor)

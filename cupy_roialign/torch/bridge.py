@@ -1,7 +1,7 @@
 """Tensors on the CPU as NumPy's arrays and back, over DLPack: both share the memory.
 
-An array keeps the tensor, but not its memory: that is gone when the tensor is given another, or resized. So no array
-of a tensor outlives the call in which it is made.
+An array keeps the tensor alive, but not its memory, which is gone when the tensor is given another, or resized. So no
+array of a tensor outlives the call in which it is made.
 """
 
 from __future__ import annotations
@@ -30,9 +30,19 @@ class _Exported:
 
 def memory(tensor: torch.Tensor) -> np.ndarray:
     """What lies in memory, whatever the tensor is besides. Raises where nothing does, or NumPy has no such dtype."""
-    if not is_in_memory(tensor):  # NumPy would make an array of its own, of what happens to lie there
-        raise TypeError(f"a tensor of shape {tuple(tensor.shape)} has no elements in memory")
+    need_memory(tensor)  # or NumPy would make an array of its own, of what happens to lie there
     return np.from_dlpack(_Exported(tensor))
+
+
+def need_memory(tensor: torch.Tensor) -> None:
+    if not is_in_memory(tensor):
+        raise TypeError(f"a tensor of shape {tuple(tensor.shape)} has no elements in memory")
+
+
+def need_values(tensor: torch.Tensor) -> None:
+    """What lies in memory are the values, rather than what only a subclass can read."""
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise TypeError(f"the elements of a {type(tensor).__qualname__} are only known to its __torch_dispatch__")
 
 
 def is_in_memory(tensor: torch.Tensor) -> bool:
@@ -41,9 +51,8 @@ def is_in_memory(tensor: torch.Tensor) -> bool:
 
 
 def array(tensor: torch.Tensor) -> np.ndarray:
-    """The values of a tensor; a copy only of those that are in memory as others. NumPy has no bfloat16, but float32."""
-    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        raise TypeError(f"the elements of a {type(tensor).__qualname__} are only known to its __torch_dispatch__")
+    """The values of a tensor, in float32 for bfloat16, which NumPy lacks; copied only if memory holds other values."""
+    need_values(tensor)
     tensor = tensor.resolve_neg()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()

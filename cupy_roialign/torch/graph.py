@@ -1,6 +1,6 @@
-"""`torch.ops.cupy_roialign`: the functions of autograd.py as operators that torch.compile and torch.export know.
+"""`torch.ops.cupy_roialign`: the family of derivatives.py as operators that torch.compile and torch.export know.
 
-Eager mode calls them not, for an operator of torch.library costs several times what an autograd Function does.
+Eager mode does not use these: a torch.library operator costs several times as much per call as an autograd.Function.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
-from cupy_roialign import arrays, autograd, tensors, validation
-from cupy_roialign.geometry import Dialect, Rule
+from cupy_roialign import arrays, validation
+from cupy_roialign.arrays import ArraySpec
+from cupy_roialign.rule import Rule
+from cupy_roialign.torch import tensors
+from cupy_roialign.torch.derivatives import Family
 
 _RULE = (
-    "int dialect, int[] bins, int[] columns, float spatial_scale, int sampling_ratio, bool aligned, bool nearest, "
-    "float extrapolation_value"
-)
+    "int frame, int taps, int border, int[] bins, int[] columns, float spatial_scale, int sampling_ratio, "
+    "bool aligned, float extrapolation_value, int reduce, int channels"
+)  # the fields of Rule, in their order
 # No directions are None: AOTInductor makes that of an empty list anyway.
 _AT = "Tensor boxes, Tensor batch_indices, Tensor[]? directions"
 _LIBRARY = torch.library.Library("cupy_roialign", "DEF")
@@ -28,32 +31,18 @@ _LIBRARY.define(f"to_boxes(Tensor grad, Tensor features, {_AT}, {_RULE}) -> Tens
 _OPS = torch.ops.cupy_roialign
 
 
-def _pack(rule: Rule) -> tuple[Any, ...]:
-    return (
-        int(rule.dialect),
-        list(rule.bins),
-        list(rule.columns),
-        rule.spatial_scale,
-        rule.sampling_ratio,
-        rule.aligned,
-        rule.nearest,
-        rule.extrapolation_value,
-    )
+def pack(rule: Rule) -> tuple[Any, ...]:
+    """A rule as arguments of an operator."""
+    frame, taps, border, bins, columns, *options, reduce, channels = rule
+    return int(frame), int(taps), int(border), [*bins], [*columns], *options, int(reduce), int(channels)
 
 
-def _unpack(
-    dialect: int, bins: Sequence[int], columns: Sequence[int], scale: float, ratio: int, aligned: bool, *rest: Any
-) -> Rule:
-    y1, x1, y2, x2 = columns
-    return Rule(Dialect(dialect), (bins[0], bins[1]), (y1, x1, y2, x2), scale, ratio, aligned, *rest)
-
-
-def _like(shape: Sequence[int], channels_last: bool, dtype: torch.dtype) -> arrays.Like:
+def _spec(shape: Sequence[int], channels_last: bool, dtype: torch.dtype) -> ArraySpec:
     count, channels, height, width = shape
     strides = (channels * height * width, height * width, width, 1)
     if channels_last:
         strides = (channels * height * width, 1, channels * width, channels)
-    return arrays.Like((count, channels, height, width), strides, str(dtype).removeprefix("torch."))
+    return ArraySpec((count, channels, height, width), strides, str(dtype).removeprefix("torch."))
 
 
 def _column(indices: torch.Tensor) -> torch.Tensor:
@@ -64,20 +53,20 @@ def _column(indices: torch.Tensor) -> torch.Tensor:
 def _crops(
     features: torch.Tensor, boxes: torch.Tensor, indices: torch.Tensor, rule: Rule, directions: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    return _OPS.crops(features, boxes, _column(indices), list(directions) or None, *_pack(rule))
+    return _OPS.crops(features, boxes, _column(indices), list(directions) or None, *pack(rule))
 
 
 def _to_features(
     grad: torch.Tensor,
-    like: arrays.Like,
+    spec: ArraySpec,
     boxes: torch.Tensor,
     indices: torch.Tensor,
     rule: Rule,
     directions: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    last = arrays.is_channels_last(like.shape, like.strides)
-    dtype, along = getattr(torch, like.dtype), list(directions) or None
-    return _OPS.to_features(grad, like.shape, last, dtype, boxes, _column(indices), along, *_pack(rule))
+    last = arrays.is_channels_last(spec.shape, spec.strides)
+    dtype, along = getattr(torch, spec.dtype), list(directions) or None
+    return _OPS.to_features(grad, spec.shape, last, dtype, boxes, _column(indices), along, *pack(rule))
 
 
 def _to_boxes(
@@ -88,10 +77,10 @@ def _to_boxes(
     rule: Rule,
     directions: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    return _OPS.to_boxes(grad, features, boxes, _column(indices), list(directions) or None, *_pack(rule))
+    return _OPS.to_boxes(grad, features, boxes, _column(indices), list(directions) or None, *pack(rule))
 
 
-FAMILY = autograd.Family(_crops, _to_features, _to_boxes)
+FAMILY = Family(_crops, _to_features, _to_boxes)
 
 
 # ---- what they do, and the shapes of it ----
@@ -106,21 +95,19 @@ def _checked(
     features: torch.Tensor | None = None,
     grad: torch.Tensor | None = None,
 ) -> Rule:
-    """The rule, of arguments that fit each other, as those of the public functions do: a kernel trusts them."""
-    rule = _unpack(*packed)
-    if len(shape) != 4 or min(shape[2:]) < 1:
+    """The rule, of arguments that fit each other as those of the public functions do: backends trust them."""
+    if len(shape) != 4 or min(shape[2:]) < 1 or min(shape) < 0:
         raise ValueError(f"shape must be (N, C, H, W) with H >= 1 and W >= 1; got {tuple(shape)}")
     if features is not None:
         validation.features("features", features)
     validation.boxes("boxes", boxes, (4, 5))
-    if sorted({*rule.columns} & {*range(boxes.shape[1])}) != sorted(rule.columns):
-        raise ValueError(f"columns must be 4 of the {boxes.shape[1]} columns of boxes; got {list(rule.columns)}")
-    validation.size("bins", rule.bins)
-    validation.sampling_ratio("sampling_ratio", rule.sampling_ratio)
-    if tuple(indices.shape) != (len(boxes),) or indices.dtype.is_complex or indices.dtype == torch.bool:
+    rule = validation.rule(Rule(*packed), boxes.shape[1])
+    if tuple(indices.shape) != (len(boxes),) or arrays.dtype_name(indices) not in (*arrays.INTEGERS, *arrays.FLOATS):
         raise ValueError(f"batch_indices must be ({len(boxes)},) numbers; got {_described(indices)}")
+    if indices.is_floating_point():
+        validation.batch_column("batch_indices", indices, shape[0])
     for direction in directions or ():
-        if direction.shape != boxes.shape or not direction.is_floating_point():
+        if direction.shape != boxes.shape or arrays.dtype_name(direction) not in arrays.FLOATS:
             raise ValueError(f"directions must be like boxes, {tuple(boxes.shape)}; got {_described(direction)}")
     if grad is not None:
         validation.grad_output("grad", grad, (len(boxes), shape[1], *rule.bins))
@@ -143,7 +130,7 @@ def _(features: torch.Tensor, boxes: torch.Tensor, indices: torch.Tensor, along:
 
 @torch.library.register_fake("cupy_roialign::crops")
 def _(features: torch.Tensor, boxes: torch.Tensor, indices: torch.Tensor, along: Any, *rule: Any) -> torch.Tensor:
-    shape = (boxes.shape[0], features.shape[1], *_unpack(*rule).bins)
+    shape = (boxes.shape[0], features.shape[1], *rule[3])
     last = arrays.is_channels_last(features.shape, features.stride())
     return _empty(features, shape, last, features.dtype)
 
@@ -160,7 +147,9 @@ def _(
     *packed: Any,
 ) -> torch.Tensor:
     rule = _checked(shape, boxes, indices, along, packed, grad=grad)
-    return tensors.feature_gradient(grad, _like(shape, last, dtype), boxes, indices, rule, along or ())
+    if arrays.TORCH_NAMES.get(dtype) not in arrays.REALS:
+        raise TypeError(f"dtype must be real; got {dtype}")
+    return tensors.feature_gradient(grad, _spec(shape, last, dtype), boxes, indices, rule, along or ())
 
 
 @torch.library.register_fake("cupy_roialign::to_features")
@@ -211,7 +200,7 @@ def _needs(flags: Sequence[Any], *places: int) -> list[bool]:
 
 def _keep_crops(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     features, boxes, indices, along, *rule = inputs
-    ctx.rule, ctx.like = _unpack(*rule), autograd.like_of(features)
+    ctx.rule, ctx.spec = Rule(*rule), ArraySpec.of(features)
     kept = features if any(_needs(ctx.needs_input_grad, 1, 3)) else None
     ctx.save_for_backward(kept, boxes, indices, *(along or ()))
 
@@ -220,14 +209,14 @@ def _crops_backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     features, boxes, indices, *along = ctx.saved_tensors
     needs = _needs(ctx.needs_input_grad, 0, 1, 3)
     to_features, to_boxes, *to_along = FAMILY.crops_backward(
-        needs, grad, features, ctx.like, boxes, indices, ctx.rule, along
+        needs, grad, features, ctx.spec, boxes, indices, ctx.rule, along
     )
-    return to_features, to_boxes, None, to_along or None, *[None] * 8
+    return to_features, to_boxes, None, to_along or None, *[None] * len(Rule._fields)
 
 
 def _keep_to_features(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     grad, _, _, _, boxes, indices, along, *rule = inputs
-    ctx.rule = _unpack(*rule)
+    ctx.rule = Rule(*rule)
     kept = grad if any(_needs(ctx.needs_input_grad, 4, 6)) else None
     ctx.save_for_backward(kept, boxes, indices, *(along or ()))
 
@@ -236,12 +225,12 @@ def _to_features_backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
     grad, boxes, indices, *along = ctx.saved_tensors
     needs = _needs(ctx.needs_input_grad, 0, 4, 6)
     to_grad, to_boxes, *to_along = FAMILY.to_features_backward(needs, cotangent, grad, boxes, indices, ctx.rule, along)
-    return to_grad, None, None, None, to_boxes, None, to_along or None, *[None] * 8
+    return to_grad, None, None, None, to_boxes, None, to_along or None, *[None] * len(Rule._fields)
 
 
 def _keep_to_boxes(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     grad, features, boxes, indices, along, *rule = inputs
-    ctx.rule = _unpack(*rule)
+    ctx.rule = Rule(*rule)
     ctx.save_for_backward(grad, features, boxes, indices, *(along or ()))
 
 
@@ -251,7 +240,7 @@ def _to_boxes_backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
     to_grad, to_features, to_boxes, *to_along = FAMILY.to_boxes_backward(
         needs, cotangent, grad, features, boxes, indices, ctx.rule, along
     )
-    return to_grad, to_features, to_boxes, None, to_along or None, *[None] * 8
+    return to_grad, to_features, to_boxes, None, to_along or None, *[None] * len(Rule._fields)
 
 
 torch.library.register_autograd("cupy_roialign::crops", _crops_backward, setup_context=_keep_crops)

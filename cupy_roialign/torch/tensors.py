@@ -1,10 +1,10 @@
-"""The backends on tensors: the names and signatures of numpy_backend.py.
+"""The backends on tensors: the names and signatures of cpu/backend.py.
 
 On the CPU a tensor and NumPy's array share memory. On a GPU a kernel takes a tensor's address; memory for results is
 torch's, and so is the stream.
 
-Batch indices may also be the (K, 5) boxes themselves, which have them in their first column: for torch to cut it out
-takes longer than all else that is done here.
+Batch indices may also be the (K, 5) boxes themselves, which hold them in their first column: cutting it out by torch
+would take longer than all else that is done here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from cupy_roialign import arrays, bridge, geometry, gpu_backend, numpy_backend, problems
-from cupy_roialign.geometry import Rule
+from cupy_roialign import arrays
+from cupy_roialign.arrays import ArraySpec
+from cupy_roialign.cpu import backend as cpu
+from cupy_roialign.diagnose import problems
+from cupy_roialign.gpu import backend as gpu
+from cupy_roialign.rule import Rule, terms
+from cupy_roialign.torch import bridge
 
 on_cpu: Callable[[torch.Tensor], bool] = operator.attrgetter("is_cpu")
 
-arrays.TORCH_NAMES.update({getattr(torch, name): name for name in arrays.REALS})
+arrays.TORCH_NAMES.update({getattr(torch, name): name for name in arrays.REALS if hasattr(torch, name)})
 
 
 def forward(
@@ -32,7 +37,7 @@ def forward(
     rule: Rule,
     directions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
-    if not geometry.terms(len(directions)):
+    if not terms(len(directions)):
         return _zeros(features, features, (boxes.shape[0], features.shape[1], *rule.bins))
     backend, take = _backend(features)
     crops = backend.forward(take(features), *_placed(take, boxes, batch_indices), rule, [*map(take, directions)])
@@ -41,20 +46,20 @@ def forward(
 
 def feature_gradient(
     grad_output: torch.Tensor,
-    features: torch.Tensor | arrays.Like,
+    features: torch.Tensor | ArraySpec,
     boxes: torch.Tensor,
     batch_indices: torch.Tensor,
     rule: Rule,
     directions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
-    if not geometry.terms(len(directions)):
+    if not terms(len(directions)):
         return _zeros(grad_output, features, features.shape)
     backend, take = _backend(grad_output)
     dtype = arrays.dtype_name(features)
-    known = "float32" if backend is numpy_backend and dtype == "bfloat16" else dtype  # NumPy has no bfloat16
-    like = arrays.Like(tuple(features.shape), arrays.strides(features), known)
+    known = "float32" if backend is cpu and dtype == "bfloat16" else dtype  # NumPy has no bfloat16
+    spec = ArraySpec(tuple(features.shape), arrays.strides(features), known)
     gradient = backend.feature_gradient(
-        take(grad_output), like, *_placed(take, boxes, batch_indices), rule, [*map(take, directions)]
+        take(grad_output), spec, *_placed(take, boxes, batch_indices), rule, [*map(take, directions)]
     )
     return _tensor(gradient, arrays.output_name(dtype))
 
@@ -67,7 +72,7 @@ def box_gradient(
     rule: Rule,
     directions: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
-    if not geometry.terms(len(directions) + 1):
+    if not terms(len(directions) + 1):
         return boxes.new_zeros(boxes.shape)
     backend, take = _backend(grad_output)
     gradient = backend.box_gradient(
@@ -77,11 +82,11 @@ def box_gradient(
 
 
 def _backend(tensor: torch.Tensor) -> tuple[Any, Callable[[torch.Tensor], Any]]:
-    """Of the place where a tensor is, and as what it takes tensors."""
-    return (numpy_backend, bridge.array) if on_cpu(tensor) else (_cuda, _plain)
+    """That of the device where a tensor is, and what it takes tensors as."""
+    return (cpu, bridge.array) if on_cpu(tensor) else (_cuda, _plain)
 
 
-def _zeros(beside: torch.Tensor, like: torch.Tensor | arrays.Like, shape: Sequence[int]) -> torch.Tensor:
+def _zeros(beside: torch.Tensor, like: torch.Tensor | ArraySpec, shape: Sequence[int]) -> torch.Tensor:
     """Crops or a gradient, in the memory order of the features."""
     dtype = getattr(torch, arrays.output_name(arrays.dtype_name(like)))
     if not arrays.is_channels_last(like.shape, arrays.strides(like)):
@@ -92,6 +97,8 @@ def _zeros(beside: torch.Tensor, like: torch.Tensor | arrays.Like, shape: Sequen
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     """Without autograd, and with each element in memory as it is."""
+    bridge.need_values(tensor)
+    bridge.need_memory(tensor)
     tensor = tensor.detach() if tensor.requires_grad else tensor
     return tensor.resolve_neg() if tensor.is_neg() else tensor
 
@@ -118,7 +125,7 @@ class _Stream:
         return 0, self.pointer  # the protocol's version comes first
 
 
-class _CudaBackend(gpu_backend.GpuBackend):
+class _CudaBackend(gpu.GpuBackend):
     @contextlib.contextmanager
     def on(self, array: torch.Tensor) -> Iterator[None]:
         # The thread that runs backward has a current device and stream of its own, and so has CuPy.
@@ -138,7 +145,7 @@ class _CudaBackend(gpu_backend.GpuBackend):
         pointer: int = torch.cuda.current_stream(array.device).cuda_stream
         return pointer
 
-    def place(self, array: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+    def layout(self, array: torch.Tensor) -> tuple[int, tuple[int, ...]]:
         return array.data_ptr(), array.stride()
 
     def cast(self, array: torch.Tensor, dtype: str) -> torch.Tensor:
@@ -151,7 +158,7 @@ class _CudaBackend(gpu_backend.GpuBackend):
         return array.permute(axes)
 
     def host(self, array: torch.Tensor) -> np.ndarray:
-        return array.cpu().numpy()
+        return bridge.array(array.cpu())
 
 
 _cuda: Any = _CudaBackend()
