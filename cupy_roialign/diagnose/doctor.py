@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import cupy_roialign as cr
-from cupy_roialign import driver, problems
+from cupy_roialign.diagnose import driver, problems
 from cupy_roialign.problems import Machine, Problem, brief, dotted
 
 Facts = dict[str, Any]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from cupy_roialign import driver
+from cupy_roialign.diagnose import driver
 
 Version = tuple[int, int]
 
