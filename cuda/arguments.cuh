@@ -154,13 +154,20 @@ DEVICE Change change_of(const Arguments& a, long long k, int term, int axis) {
 
 // ---- a block's work ----
 
-// A tile of an item (of a box's bins, or of an image's pixels), for some of its channels.
+// A tile of an item (of a box's bins, or of an image's pixels), for some of its channels. In shared memory: it is the same
+// for all threads of a block, and registers are scarce.
 struct Task {
     long long item;
     int first[2], extent[2];  // of the tile, along y and x
     int first_channel, channels;
 
-    __device__ Task(const Arguments& a, const int* size) {
+    // Sets that of the current block.
+    __device__ void find(const Arguments& a, const int* size) {
+        if (threadIdx.x == 0) assign(a, size);
+        __syncthreads();
+    }
+
+    __device__ void assign(const Arguments& a, const int* size) {
         const int groups = (a.channels + a.channels_at_once - 1) / a.channels_at_once;
         long long block = a.first_block + blockIdx.x;
         first_channel = (int)(block % groups) * a.channels_at_once;

@@ -13,10 +13,11 @@ DEVICE void add_up(Compute (*sums)[THREADS]) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) box_gradient(const Arguments a) {
+    __shared__ Task task;
     __shared__ TapTable<SlopedWeight> along[2];
     __shared__ Compute sums[SUMS][THREADS];
     __shared__ long long image;
-    const Task task(a, a.rule.bins);
+    task.find(a, a.rule.bins);
     Compute total[SUMS] = {};
     bool held = false;
     if (a.rule.taps != NEAREST) for_taps(a, task, along, image, held, term_count(a), [&](int term) {

@@ -2,8 +2,8 @@
 
 // `LEVELED`: whether a level is subtracted from the pixels, which is exact where weights are changes, that add up to 0.
 template <bool LEVELED>
-DEVICE void make_crops(const Arguments& a, TapTable<Weight>* along, long long& image) {
-    const Task task(a, a.rule.bins);
+DEVICE void make_crops(const Arguments& a, Task& task, TapTable<Weight>* along, long long& image) {
+    task.find(a, a.rule.bins);
     bool held = false;
     for (int first = 0; first < task.spots(); first += THREADS * SPOTS) {
         Compute total[SPOTS][LANES];

@@ -10,9 +10,9 @@ const int WORD = 32;                      // boxes per word of marks
 // outside to the border.
 struct Interval {
     int least, most;
-
-    __device__ Interval(int start, int stop, int size) : least(start - 1), most(min(stop, size)) {}
 };
+
+DEVICE Interval interval_of(int start, int stop, int size) { return {start - 1, min(stop, size)}; }
 
 // The pixels that a box may touch, and a few more on each side.
 struct Bounds {
@@ -49,7 +49,7 @@ DEVICE bool touches_zone(const Arguments& a, const Bounds& bounds, int row) {
     for (int axis = 0; axis < 2; ++axis) {
         if (row < a.zones[axis]) {
             const int start = row * a.zone_pixels[axis], size = a.size[axis];
-            return bounds.touch(axis, Interval(start, start + min(a.zone_pixels[axis], size - start), size));
+            return bounds.touch(axis, interval_of(start, start + min(a.zone_pixels[axis], size - start), size));
         }
         row -= a.zones[axis];
     }
@@ -215,7 +215,7 @@ DEVICE int add_along(long long (*sums)[THREADS], long long value) {
     int now = 0;
     __syncthreads();  // before the sums of an earlier call are overwritten
     sums[0][thread] = value;
-    for (int step = 1; step < THREADS; step *= 2) {
+    UNROLL for (int step = 1; step < THREADS; step *= 2) {
         __syncthreads();
         sums[1 - now][thread] = sums[now][thread] + (thread >= step ? sums[now][thread - step] : 0);
         now = 1 - now;
@@ -235,14 +235,15 @@ DEVICE int owner_of(const Sum* sums, long long number, long long& beyond) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) feature_gradient(const Arguments a) {
+    __shared__ Task task;
+    __shared__ Interval tile[2];
     __shared__ ChunkWeights chunks[CHUNKS];
     __shared__ long long sums[2][THREADS], boxes[THREADS];
     __shared__ unsigned words[THREADS];
     __shared__ unsigned short marked[THREADS];  // in the words up to each
-    const Task task(a, a.size);
-    const Interval tile[2] = {Interval(task.first[0], task.first[0] + task.extent[0], a.size[0]),
-                              Interval(task.first[1], task.first[1] + task.extent[1], a.size[1])};
     const int thread = threadIdx.x, own = thread / (2 * BINS), axis = thread / BINS % 2, bin = thread % BINS;
+    task.find(a, a.size);
+    if (thread < 2) tile[thread] = interval_of(task.first[thread], task.first[thread] + task.extent[thread], a.size[thread]);
     Compute total[SPOTS][LANES];
     UNROLL for (int m = 0; m < SPOTS; ++m)
         UNROLL for (int l = 0; l < LANES; ++l) total[m][l] = 0;
@@ -260,13 +261,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) feature_gradient(c
         words[thread] = word;
         int now = add_along(sums, __popc(word));
         marked[thread] = (unsigned short)sums[now][thread];
-        const int candidates = (int)sums[now][THREADS - 1];
+        __syncthreads();
 
-        for (int base = 0; base < candidates; base += THREADS) {
+        for (int base = 0; base < marked[THREADS - 1]; base += THREADS) {
             // Which of the next THREADS candidates touch it, and by how many chunks.
             long long count = 0, all_before;
-            __syncthreads();  // after `marked` is written, and before `boxes` is written again
-            if (base + thread < candidates) {
+            if (base + thread < marked[THREADS - 1]) {
                 const int at = owner_of(marked, base + thread, all_before);
                 unsigned left = words[at];
                 for (; all_before > 0; --all_before) left &= left - 1;  // without the lowest bit
@@ -276,10 +276,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) feature_gradient(c
                     count = chunks_of(a, tile, k);
             }
             now = add_along(sums, count);
-            const long long all = sums[now][THREADS - 1];
 
-            for (long long done = 0; done < all; done += CHUNKS) {
-                const int count_now = (int)min((long long)CHUNKS, all - done);
+            for (long long done = 0; done < sums[now][THREADS - 1]; done += CHUNKS) {
+                const int count_now = (int)min((long long)CHUNKS, sums[now][THREADS - 1] - done);
                 if (own < count_now) {
                     long long number;
                     const int at = owner_of(sums[now], done + own, number);
