@@ -54,8 +54,8 @@ DEVICE void read_lanes(Whole whole, const void* from, Offset offset, Offset stri
         const Pack<Element> pack = read_pack((const Pack<Element>*)first);
         UNROLL for (int l = 0; l < LANES; ++l) to[l] = (Compute)load(pack.lane[l]);
     } else {
-        UNROLL for (int l = 0; l < LANES; ++l)
-            to[l] = whole || l < count ? (Compute)load(first[l * stride]) : (Compute)0;
+        UNROLL for (int l = 0; l < LANES; ++l, first += stride)
+            to[l] = whole || l < count ? (Compute)load(*first) : (Compute)0;
     }
 }
 

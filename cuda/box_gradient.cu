@@ -20,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) box_gradient(const
     task.find(a, a.rule.bins);
     Compute total[SUMS] = {};
     bool held = false;
-    if (a.rule.taps != NEAREST) for_taps(a, task, along, image, held, term_count(a), [&](int term) {
+    if (a.rule.taps != NEAREST) for_taps(a, task, along, image, held, term_count(a), [&](int) {
         for (int number = threadIdx.x; number < task.spots(); number += THREADS) {
             const Spot spot(task, number);
             const int taps_y = along[0].count[spot.y], taps_x = along[1].count[spot.x];
@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) box_gradient(const
                                 (Offset)(task.first[0] + spot.y) * (Offset)a.output_strides[2] +
                                 (Offset)(task.first[1] + spot.x) * (Offset)a.output_strides[3];
             const Offset plane = (Offset)image * (Offset)a.feature_strides[0] + (Offset)spot.channel * (Offset)a.feature_strides[1];
-            Compute grads[LANES], found[SUMS] = {};
+            Compute grads[LANES];
             by_lanes(spot.lanes, a.packed_crops, [&](auto whole) {
                 read_lanes<Grad>(whole, a.grad_output, crop, (Offset)a.output_strides[1], spot.lanes, grads);
             });
@@ -49,15 +49,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) box_gradient(const
                         sum.to_start += x.weight.to_start * product;
                         sum.to_step += x.weight.to_step * product;
                     }
-                    found[0] += y.weight.to_start * sum.value;
-                    found[1] += y.weight.to_step * sum.value;
-                    found[2] += y.weight.value * sum.to_start;
-                    found[3] += y.weight.value * sum.to_step;
+                    total[0] += y.weight.to_start * sum.value;
+                    total[1] += y.weight.to_step * sum.value;
+                    total[2] += y.weight.value * sum.to_start;
+                    total[3] += y.weight.value * sum.to_step;
                 }
             });
-            // an axis that follows a direction already has no further derivative
-            if (direction_of(a, term, 0) < 0) total[0] += found[0], total[1] += found[1];
-            if (direction_of(a, term, 1) < 0) total[2] += found[2], total[3] += found[3];
         }
     });
     for (int s = 0; s < SUMS; ++s) sums[s][threadIdx.x] = total[s];

@@ -82,14 +82,14 @@ struct TapStream {
             if (!change.wanted) {
                 low.value += (1 - fraction) * each;
                 (two ? high : low).value += fraction * each;
-            } else if (two) {
+                if (two) {
+                    low.add_slope(-each, lever);
+                    high.add_slope(each, lever);
+                }
+            } else if (two) {  // a change has no slope: positions are linear in the box, and weights in the position
                 const Compute slope = (change.start + lever * change.step) * each;
                 low.value -= slope;
                 high.value += slope;
-            }
-            if (two) {
-                low.add_slope(-each, lever);
-                high.add_slope(each, lever);
             }
         }
         if (next == stop && open && count + 2 <= MOST_TAPS) {
