@@ -105,7 +105,7 @@ _ARGUMENTS, _RULE = _packer(ARGUMENTS), _packer(RULE)
 
 def rule_bytes(rule: Rule) -> bytes:
     """RULE of a rule."""
-    return _RULE.pack(
+    packed = _RULE.pack(
         rule.spatial_scale,
         rule.extrapolation_value,
         rule.frame,
@@ -116,6 +116,7 @@ def rule_bytes(rule: Rule) -> bytes:
         rule.sampling_ratio,
         rule.aligned,
     )
+    return packed.ljust(RULE.itemsize, b"\0")
 
 
 def pack(
@@ -160,5 +161,7 @@ def pack(
         planes.is_packed(types.lanes),
         crops.is_packed(types.lanes),
     )
-    end = rule_bytes(rule)
-    return np.frombuffer(bytearray(packed.ljust(ARGUMENTS.itemsize - len(end), b"\0") + end), ARGUMENTS).reshape(())
+    whole = bytearray(ARGUMENTS.itemsize)  # writable, as NumPy and CuPy want it
+    whole[: len(packed)] = packed
+    whole[-RULE.itemsize :] = rule_bytes(rule)
+    return np.frombuffer(whole, ARGUMENTS).reshape(())
