@@ -176,9 +176,9 @@ def kernel(name: str, types: Types) -> Any:
 
     from cupy_roialign.diagnose import problems
 
-    problem = problems.old_cupy(getattr(cupy, "__version__", ""), problems.machine)
-    if problem:
-        raise RuntimeError(str(problem))
+    version = getattr(cupy, "__version__", "")
+    if problems.is_old_cupy(version):
+        raise RuntimeError(str(problems.old_cupy(version, problems.machine())))
     made = cupy.RawKernel(source(name, types), name, options=OPTIONS)
     try:
         made.compile()
