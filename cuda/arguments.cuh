@@ -1,12 +1,12 @@
-// What a launch is given, how arrays are read and written, and which part of the work is a block's.
+// What a launch is given, how arrays are read and written, and what a block works on.
 
-// The same for each kernel; ARGUMENTS in kernels.py mirrors it.
+// The same for each kernel; ARGUMENTS in gpu/arguments.py mirrors it.
 struct Arguments {
     const void* features;      // (N, C, H, W)
     const void* grad_output;   // (K, C, bins_y, bins_x)
     const void* boxes;         // (K, 4 or 5)
     const void* batch_indices; // (K,)
-    void* result;              // crops, a gradient to the features, or a gradient to the boxes
+    void* result;              // crops, or the gradient with respect to the features or the boxes
     void* workspace;           // what one kernel leaves for the next
     const void* directions[2]; // each like the boxes: changes of them, along which to take the derivative
     long long feature_strides[4], output_strides[4], box_strides[2], index_stride, direction_strides[4];  // in elements
@@ -14,11 +14,12 @@ struct Arguments {
     int channels, size[2], index_kind, box_columns, direction_count;
     int tile[2], channels_at_once;   // the most that a block works on, of an item: see Task
     int blocks_per_item;
+    int zones[3], zone_pixels[2];    // how boxes are marked for the tiles that they touch: see feature_gradient.cu
     int packed_features, packed_crops;  // whether LANES channels, the first of them a multiple of LANES, are one pack
     Rule rule;
 };
 
-// ---- numbers ----
+// ---- elements ----
 
 struct Bfloat16 { unsigned short bits; };
 
@@ -28,8 +29,8 @@ DEVICE void store(Bfloat16& to, float v) {  // to nearest, ties to even; NaN sta
     to.bits = (bits & 0x7fffffffu) > 0x7f800000u ? (unsigned short)(bits >> 16 | 64)
                                                  : (unsigned short)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
-template <typename Number>
-DEVICE Number load(Number v) { return v; }
+template <typename Element>
+DEVICE Element load(Element v) { return v; }
 DEVICE void store(float& to, float v) { to = v; }
 DEVICE void store(double& to, double v) { to = v; }
 
@@ -39,22 +40,22 @@ typedef GRAD Grad;
 
 #define NAN_VALUE __longlong_as_double(0x7ff8000000000000LL)
 
-// Neighbouring channels that lie side by side.
-template <typename Number>
-struct alignas(LANES * sizeof(Number) < 16 ? LANES * sizeof(Number) : 16) Pack { Number lane[LANES]; };
+// Neighbouring channels that are adjacent in memory.
+template <typename Element>
+struct alignas(LANES * sizeof(Element) < 16 ? LANES * sizeof(Element) : 16) Pack { Element lane[LANES]; };
 
-// `count` channels of one place, `step` elements apart; 0 for the others of LANES. A thread works on so many together:
-// what it knows of a place serves all of them, and what it reads does not wait for each other. `whole` is known at
-// compile time, so that reads in a loop do not wait for each other either: see `by_lanes`.
-template <typename Number, typename Whole>
-DEVICE void read_lanes(Whole whole, const void* from, Offset place, Offset step, int count, Compute* to) {
-    const Number* first = (const Number*)from + place;
+// `count` channels of one pixel or bin, `stride` elements apart; 0 for the others of LANES. A thread works on LANES
+// channels together: they share all that depends on the pixel, and their reads do not wait for each other. `whole` is
+// known at compile time, so that reads in a loop do not wait for each other either: see `by_lanes`.
+template <typename Element, typename Whole>
+DEVICE void read_lanes(Whole whole, const void* from, Offset offset, Offset stride, int count, Compute* to) {
+    const Element* first = (const Element*)from + offset;
     if (CHANNELS_LAST && whole) {
-        const Pack<Number> pack = read_pack((const Pack<Number>*)first);
+        const Pack<Element> pack = read_pack((const Pack<Element>*)first);
         UNROLL for (int l = 0; l < LANES; ++l) to[l] = (Compute)load(pack.lane[l]);
     } else {
-        UNROLL for (int l = 0; l < LANES; ++l)
-            to[l] = whole || l < count ? (Compute)load(first[l * step]) : (Compute)0;
+        UNROLL for (int l = 0; l < LANES; ++l, first += stride)
+            to[l] = whole || l < count ? (Compute)load(*first) : (Compute)0;
     }
 }
 
@@ -63,24 +64,24 @@ struct Constant {
     __device__ constexpr operator bool() const { return VALUE; }
 };
 
-const int READS = CHANNELS_LAST ? 2 : 1;  // of as many places a loop waits for together
+const int READS = CHANNELS_LAST ? 2 : 1;  // pixels or bins whose reads a loop has under way together
 
-// Calls `work(whole)`: whether all of LANES are read and, where channels lie together, as one pack.
+// Calls `work(whole)`: whether all of LANES are read and, where channels are adjacent, as one pack.
 template <typename Work>
 DEVICE void by_lanes(int count, bool packed, Work work) {
     if (count == LANES && (packed || !CHANNELS_LAST)) work(Constant<true>());
     else work(Constant<false>());
 }
 
-DEVICE void write_lanes(void* to, Offset place, Offset step, int count, bool packed, const Compute* from) {
-    Result* first = (Result*)to + place;
+DEVICE void write_lanes(void* to, Offset offset, Offset stride, int count, bool packed, const Compute* from) {
+    Result* first = (Result*)to + offset;
     if (CHANNELS_LAST && packed && count == LANES) {
         Pack<Result> pack;
         UNROLL for (int l = 0; l < LANES; ++l) store(pack.lane[l], from[l]);
         write_pack((Pack<Result>*)first, pack);
     } else {
         UNROLL for (int l = 0; l < LANES; ++l)
-            if (l < count) store(first[l * step], from[l]);
+            if (l < count) store(first[l * stride], from[l]);
     }
 }
 
@@ -88,23 +89,23 @@ DEVICE void write_lanes(void* to, Offset place, Offset step, int count, bool pac
 
 // The image of a box, or -1 if it has none.
 DEVICE long long image_of(const Arguments& a, long long k) {
-    const long long place = k * a.index_stride;
+    const long long at = k * a.index_stride;
     long long image = -1;
     switch (a.index_kind) {
-        case 1: image = ((const signed char*)a.batch_indices)[place]; break;
-        case 2: image = ((const short*)a.batch_indices)[place]; break;
-        case 4: image = ((const int*)a.batch_indices)[place]; break;
-        case 8: image = ((const long long*)a.batch_indices)[place]; break;
-        case -1: image = ((const unsigned char*)a.batch_indices)[place]; break;
-        case -2: image = ((const unsigned short*)a.batch_indices)[place]; break;
-        case -4: image = ((const unsigned*)a.batch_indices)[place]; break;
+        case 1: image = ((const signed char*)a.batch_indices)[at]; break;
+        case 2: image = ((const short*)a.batch_indices)[at]; break;
+        case 4: image = ((const int*)a.batch_indices)[at]; break;
+        case 8: image = ((const long long*)a.batch_indices)[at]; break;
+        case -1: image = ((const unsigned char*)a.batch_indices)[at]; break;
+        case -2: image = ((const unsigned short*)a.batch_indices)[at]; break;
+        case -4: image = ((const unsigned*)a.batch_indices)[at]; break;
         case -8: {
-            const unsigned long long wide = ((const unsigned long long*)a.batch_indices)[place];
+            const unsigned long long wide = ((const unsigned long long*)a.batch_indices)[at];
             image = wide < (unsigned long long)a.images ? (long long)wide : -1;
             break;
         }
         default: {
-            const Box v = ((const Box*)a.batch_indices)[place], nearest = rint(v);
+            const Box v = ((const Box*)a.batch_indices)[at], nearest = rint(v);
             if (fabs(v - nearest) <= (Box)(1.0 / 64) && nearest >= 0 && nearest < (Box)9e18) image = (long long)nearest;
         }
     }
@@ -117,7 +118,7 @@ DEVICE void edges_of(const Arguments& a, long long k, Real* edges) {
         edges[i] = convert(((const Box*)a.boxes)[k * a.box_strides[0] + a.rule.columns[i] * a.box_strides[1]], Real());
 }
 
-// A box's edges; returns its image, or -1 if it is broken.
+// A box's edges; returns its image, or -1 for a broken box: a coordinate that is not finite, or no image.
 DEVICE long long open_box(const Arguments& a, long long k, Real* edges) {
     const long long image = image_of(a, k);  // first, so that one read need not wait for the other
     edges_of(a, k, edges);
@@ -126,7 +127,7 @@ DEVICE long long open_box(const Arguments& a, long long k, Real* edges) {
 
 // ---- derivatives along directions ----
 
-// Which of the directions an axis takes in a term, or -1: `terms` of geometry.py.
+// Which of the directions an axis takes in a term, or -1: `terms` of rule.py.
 DEVICE int term_count(const Arguments& a) { return a.direction_count == 0 ? 1 : 2; }
 DEVICE int direction_of(const Arguments& a, int term, int axis) {
     if (a.direction_count == 0) return -1;
@@ -136,7 +137,7 @@ DEVICE int direction_of(const Arguments& a, int term, int axis) {
 // How an axis of a box changes along a direction. Where it does, weights are the changes of weights.
 struct Change {
     bool wanted;
-    Compute start, bin;
+    Compute start, step;
 };
 
 DEVICE Change change_of(const Arguments& a, long long k, int term, int axis) {
@@ -144,32 +145,34 @@ DEVICE Change change_of(const Arguments& a, long long k, int term, int axis) {
     if (direction < 0) return {false, 0, 0};
     Real edges[4];
     edges_of(a, k, edges);
-    const EdgeSlopes slopes = edge_slopes(a.rule, edges[axis], edges[axis + 2], axis, a.size[axis]);
+    const EdgeSlopes slopes = edge_slopes(a.rule, edges[axis], edges[axis + 2], a.rule.bins[axis], a.size[axis]);
     const Box* row = (const Box*)a.directions[direction] + k * a.direction_strides[2 * direction];
     const double low = row[a.rule.columns[axis] * a.direction_strides[2 * direction + 1]];
     const double high = row[a.rule.columns[axis + 2] * a.direction_strides[2 * direction + 1]];
-    return {true, (Compute)(low * slopes.start[0] + high * slopes.start[1]), (Compute)((high - low) * slopes.bin)};
-}
-
-// d position / d bin of sample i of a bin.
-DEVICE Compute lever_of(const Rule& rule, int bin, long long i, Compute share) {
-    return (Compute)bin + ((Compute)i + (Compute)offset_of(rule)) * share;
+    return {true, (Compute)(low * slopes.start[0] + high * slopes.start[1]), (Compute)((high - low) * slopes.step)};
 }
 
 // ---- a block's work ----
 
-// A tile of an item (of a box's bins, or of an image's pixels), for some of its channels.
+// A tile of an item (of a box's bins, or of an image's pixels), for some of its channels. In shared memory: it is the same
+// for all threads of a block, and registers are scarce.
 struct Task {
     long long item;
-    int first[2], extent[2];      // places of the tile along y and x
+    int first[2], extent[2];  // of the tile, along y and x
     int first_channel, channels;
 
-    __device__ Task(const Arguments& a, const int* size) {
-        const int parts = (a.channels + a.channels_at_once - 1) / a.channels_at_once;
+    // Sets that of the current block.
+    __device__ void find(const Arguments& a, const int* size) {
+        if (threadIdx.x == 0) assign(a, size);
+        __syncthreads();
+    }
+
+    __device__ void assign(const Arguments& a, const int* size) {
+        const int groups = (a.channels + a.channels_at_once - 1) / a.channels_at_once;
         long long block = a.first_block + blockIdx.x;
-        first_channel = (int)(block % parts) * a.channels_at_once;
+        first_channel = (int)(block % groups) * a.channels_at_once;
         channels = min(a.channels_at_once, a.channels - first_channel);
-        block /= parts;
+        block /= groups;
         for (int axis = 1; axis >= 0; --axis) {
             const int tiles = (size[axis] + a.tile[axis] - 1) / a.tile[axis];
             first[axis] = (int)(block % tiles) * a.tile[axis];
@@ -179,14 +182,14 @@ struct Task {
         item = block;
     }
 
-    // Places of the tile, each for LANES channels.
+    // Bins or pixels of the tile, each for LANES channels.
     __device__ int spots() const { return (channels + LANES - 1) / LANES * extent[0] * extent[1]; }
 };
 
-// One of a task's spots. Neighbours in number lie together in memory.
+// One of a task's spots. Successive spots are adjacent in memory.
 struct Spot {
-    int y, x;             // in the tile
-    int channel, lanes;   // the first of its channels, and how many it has; 0: there is no such spot
+    int y, x;            // in the tile
+    int channel, lanes;  // the first of its channels, and how many it has; 0: there is no such spot
 
     __device__ Spot(const Task& task, int number) {
         const int groups = (task.channels + LANES - 1) / LANES;

@@ -11,7 +11,7 @@ import re
 
 import pytest
 
-from cupy_roialign import kernels
+from cupy_roialign.gpu import kernels
 
 FILES = {file: name for name, file in kernels.KERNELS.items()}.values()  # a kernel of each file
 TOLD = re.compile(r"^ptxas (info| +\.).*$\n?", re.MULTILINE)

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 import cupy_roialign as cr
-from cupy_roialign import __main__, doctor, driver, kernels, problems
+from cupy_roialign import __main__
+from cupy_roialign.cpu import backend as cpu_backend
+from cupy_roialign.diagnose import doctor, driver, problems
+from cupy_roialign.gpu import kernels
 from tests import conftest, oracle
 from tests.backends import EmulatedTorchBackend
 from tests.emulate import device

@@ -1,6 +1,7 @@
 """What only the emulated device can show of the CUDA path, and that the emulation is strict."""
 
 import concurrent.futures
+import contextlib
 import importlib
 import inspect
 import itertools
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 
 import cupy_roialign as cr
-from cupy_roialign import kernels, numpy_backend
-from cupy_roialign.geometry import Dialect, Rule
+from cupy_roialign import rule as rules
+from cupy_roialign.cpu import backend as cpu_backend
+from cupy_roialign.gpu import arguments, kernels
 from tests import tolerance
 from tests.backends import EmulatedTorchBackend
 from tests.test_kernels import problem, run
@@ -30,20 +32,25 @@ def cupy(emulated):
 
 
 def test_the_backends_mirror_each_other(cupy):
-    from cupy_roialign import cupy_backend, tensors
+    from cupy_roialign.gpu import cupy_arrays
+    from cupy_roialign.torch import tensors
 
     def public(module):
         functions = inspect.getmembers(module, inspect.isroutine)
         own = {name: f for name, f in functions if name[0] != "_" and f.__module__.startswith("cupy_roialign")}
         return {name: list(inspect.signature(f).parameters) for name, f in own.items()}
 
-    assert public(cupy_backend) == public(numpy_backend)
-    assert public(tensors) == {name: found for name, found in public(numpy_backend).items() if name != "join"}
-    assert len(public(numpy_backend)) == 4
+    computing = {"forward", "feature_gradient", "box_gradient"}
+    on_cpu = {name: found for name, found in public(cpu_backend).items() if name in {*computing, "join"}}
+    assert len(on_cpu) == 4
+    assert public(cupy_arrays) == on_cpu
+    assert {name: found for name, found in public(tensors).items() if name in computing} == {
+        name: found for name, found in on_cpu.items() if name in computing
+    }
 
 
 def test_every_instantiation_that_is_asked_for_is_listed(cupy, monkeypatch):
-    from cupy_roialign.cupy_backend import CupyBackend
+    from cupy_roialign.gpu.cupy_arrays import CupyBackend
 
     asked = set()
 
@@ -63,24 +70,24 @@ def test_every_instantiation_that_is_asked_for_is_listed(cupy, monkeypatch):
         if order == "NHWC":
             features = cupy.zeros((2, 4, 5, 3), dtype).transpose(0, 3, 1, 2)
         boxes = cupy.zeros((2, 4), box_dtype)
-        for dialect in Dialect:
-            rule = Rule(dialect, (2, 3), (0, 1, 2, 3))
+        for rule in (rules.crop_and_resize((2, 3)), rules.roi_crop((2, 3)), rules.roi_align((2, 3))):
             backend.forward(features, boxes, indices, rule)
+            backend.forward(features, boxes, indices, rule, [boxes])
             for grad_dtype in ("float16", "float32", "float64"):
-                arguments = (cupy.zeros((2, 3, 2, 3), grad_dtype), features, boxes, indices, rule)
-                backend.feature_gradient(*arguments)
-                backend.box_gradient(*arguments)
+                given = (cupy.zeros((2, 3, 2, 3), grad_dtype), features, boxes, indices, rule)
+                backend.feature_gradient(*given)
+                backend.box_gradient(*given)
     known = {(kernels.KERNELS[name], types) for name, types in kernels.instantiations()}
     assert len(known) == len(kernels.instantiations())
     assert {(file, types) for file, types in known if types.features != "bfloat16" and not types.large} == asked
 
 
 def test_the_same_bits_whatever_the_order_of_threads_and_blocks(cupy):
-    arguments = problem()
-    first = run(cupy, *arguments)
+    given = problem()
+    first = run(cupy, *given)
     for seed in range(1, 6):
         cupy.seed = seed
-        for a, b in zip(first, run(cupy, *arguments), strict=True):
+        for a, b in zip(first, run(cupy, *given), strict=True):
             np.testing.assert_array_equal(a, b)
 
 
@@ -88,34 +95,48 @@ def test_the_same_bits_whatever_the_order_of_threads_and_blocks(cupy):
 @pytest.mark.parametrize("channels", [1, 5, 70])
 def test_nothing_is_read_or_written_out_of_bounds(guard, channels, cupy):
     cupy.guard = guard
-    arguments = problem(channels)
+    given = problem(channels)
     for sampling_ratio in (0, 2, 20):
-        expected, pullback = cr.vjp(
-            cr.roi_align, *arguments[:2], (5, 9), 1.0, sampling_ratio, True, batch_indices=arguments[2]
-        )
-        wanted = [expected, *pullback(arguments[3])]
-        for a, b in zip(run(cupy, *arguments, sampling_ratio), wanted, strict=True):
+        expected, pullback = cr.vjp(cr.roi_align, *given[:2], (5, 9), 1.0, sampling_ratio, True, batch_indices=given[2])
+        wanted = [expected, *pullback(given[3])]
+        for a, b in zip(run(cupy, *given, sampling_ratio), wanted, strict=True):
             tolerance.assert_close(a, b, 1e-5)
 
 
-def test_the_reach_of_a_view_decides_and_not_its_size(cupy):
-    from cupy_roialign.cupy_backend import CupyBackend
+def test_the_last_offset_of_a_view_decides_and_not_its_size(cupy):
+    from cupy_roialign.gpu.cupy_arrays import CupyBackend
 
     wide = cupy.ndarray._of(np.broadcast_to(np.zeros(1, np.float32), (3, 2, 2**16, 2**15)), 0)
-    assert CupyBackend().view(wide).reach == 0
+    assert CupyBackend().view(wide).last_offset == 0
     far = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (2, 1, 1, 1), (4 * 2**31, 4, 4, 4))
-    assert CupyBackend().view(cupy.ndarray._of(far, 0)).reach == 2**31
+    assert CupyBackend().view(cupy.ndarray._of(far, 0)).last_offset == 2**31
 
 
 def test_device_and_stream_are_the_callers(cupy):
     features, boxes, indices, cotangent = problem()
     with cupy.cuda.Device(1):
         device = [cupy.asarray(array) for array in (features, boxes, indices, cotangent)]
-    with cupy.cuda.Stream() as stream:  # the current device is 0, the arrays are on 1
-        output, pullback = cr.vjp(cr.roi_crop, *device[:3], (5, 9))
-        gradients = pullback(device[3])
-    assert [array.device.id for array in (output, *gradients)] == [1, 1, 1]
-    assert [(launch["device"], launch["stream"]) for launch in cupy.launches] == [(1, stream.ptr)] * 5
+        stream = cupy.cuda.Stream()
+    for current in (stream, contextlib.nullcontext()):
+        cupy.launches.clear()
+        # the arrays are on device 1, and device 0 is current with a stream of its own
+        with cupy.cuda.Device(1), current, cupy.cuda.Device(0), cupy.cuda.Stream():
+            output, pullback = cr.vjp(cr.roi_crop, *device[:3], (5, 9))
+            gradients = pullback(device[3])
+        assert [array.device.id for array in (output, *gradients)] == [1, 1, 1]
+        expected = stream.ptr if current is stream else 0
+        assert [(launch["device"], launch["stream"]) for launch in cupy.launches] == [(1, expected)] * 5
+
+
+def test_a_stream_belongs_to_its_device(cupy):
+    """As in CuPy, where each device has a current stream."""
+    with cupy.cuda.Stream() as stream:
+        with cupy.cuda.Device(1):
+            assert cupy.cuda.get_current_stream().ptr == 0
+            with pytest.raises(RuntimeError, match="a stream of device 0 entered on device 1"), stream:
+                pass
+        assert cupy.cuda.get_current_stream().ptr == stream.ptr
+    assert cupy.cuda.get_current_stream().ptr == 0
 
 
 @pytest.mark.parametrize("version", [13, 14])
@@ -147,7 +168,7 @@ def test_tensors_go_to_their_own_device(cupy, monkeypatch):
     torch = pytest.importorskip("torch")
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from cupy_roialign import tensors
+    from cupy_roialign.torch import tensors
 
     backend, asked = tensors._CudaBackend(), []
     stream = lambda device: asked.append(device) or types.SimpleNamespace(cuda_stream=77)  # noqa: E731
@@ -221,7 +242,7 @@ def calls_of(library, dtype="float32"):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_call_on_arrays_never_waits(dtype, cupy, monkeypatch):
-    from cupy_roialign.cupy_backend import CupyBackend
+    from cupy_roialign.gpu.cupy_arrays import CupyBackend
 
     def wait(*args, **kwargs):
         raise AssertionError("this waits for the GPU")
@@ -300,23 +321,23 @@ def spoiled(cupy, name, before, after, types=("float32", "float32", "float32", "
     return cupy.RawKernel(code.replace(before, after), name)
 
 
-FIND = "if (own < count_now && bin < task.extent[axis]) pieces[own].find"
+FIND = "if (own < count_now && bin < task.extent[axis]) chunks[own].find"
 BARRIERS = {
-    "feature_gradient": ("__syncthreads();\n            " + FIND, FIND),
+    "feature_gradient": ("__syncthreads();\n                " + FIND, FIND),
     "box_gradient": ("__syncthreads();\n        if (thread % width < half)", "if (thread % width < half)"),
 }
 
 
 @pytest.mark.parametrize("name", BARRIERS)
 def test_a_missing_barrier_is_found(name, cupy, monkeypatch):
-    arguments = problem(40)
-    right = run(cupy, *arguments)
+    given = problem(40)
+    right = run(cupy, *given)
     original, bad = kernels.kernel, spoiled(cupy, name, *BARRIERS[name])
     monkeypatch.setattr(kernels, "kernel", lambda asked, types: bad if asked == name else original(asked, types))
     differs = []
     for seed in range(5):
         cupy.seed = seed
-        differs += [not np.array_equal(a, b) for a, b in zip(right, run(cupy, *arguments), strict=True)]
+        differs += [not np.array_equal(a, b) for a, b in zip(right, run(cupy, *given), strict=True)]
     assert any(differs)
 
 
@@ -335,7 +356,7 @@ OUT_OF_BOUNDS = """
 import numpy as np
 from tests.emulate import installed
 import cupy_roialign as cr
-from cupy_roialign import kernels
+from cupy_roialign.gpu import kernels
 with installed() as cupy:
     cupy.guard = {guard!r}
     original = kernels.source
@@ -360,6 +381,38 @@ def test_an_access_out_of_bounds_ends_the_process(guard, shift, emulated):
         assert ("alive" in done.stdout) == (not spoil)
 
 
+def test_a_tile_looks_at_few_boxes_beyond_those_that_touch_it(cupy, monkeypatch):
+    """Of the many boxes of a call: they are marked for zones of tiles."""
+    rng = np.random.default_rng(4)
+    count, side = 4000, 256
+    corners = rng.uniform(0, side - 9, (count, 2))
+    boxes = np.concatenate([corners, corners + 8], 1).astype(np.float32)
+    indices = rng.integers(0, 2, count)
+    look = "const Bounds bounds = bounds_of(a)[k];"
+    counting = spoiled(cupy, "feature_gradient", look, look + " ++*(long long*)a.directions[0];")
+    looks, original, blocks = cupy.zeros(1, np.int64), kernels.kernel, []
+
+    def kernel(name, types):
+        if name != "feature_gradient":
+            return original(name, types)
+
+        def launch(grid, block, args):
+            args[0]["directions"][0] = looks.data.ptr
+            blocks.append(grid[0])
+            counting(grid, block, args)
+
+        return launch
+
+    monkeypatch.setattr(kernels, "kernel", kernel)
+    features, boxes, indices = (
+        cupy.asarray(array) for array in (np.zeros((2, 1, side, side), np.float32), boxes, indices)
+    )
+    output, pullback = cr.vjp(cr.roi_align, features, boxes, 2, 1.0, 2, True, batch_indices=indices)
+    pullback(output)
+    touching = blocks[0] * count / 2 * ((8 + 16 + 6) / side) ** 2  # each tile's, on average, with 3 pixels all around
+    assert looks.item() < 1.5 * touching < 0.05 * blocks[0] * count
+
+
 def test_an_element_that_is_not_written_shows(cupy, monkeypatch):
     bad = spoiled(cupy, "forward", "write_lanes(a.result,", "if (spot.y) write_lanes(a.result,")
     monkeypatch.setattr(kernels, "kernel", lambda name, types: bad)
@@ -373,20 +426,20 @@ def test_a_misaligned_access_is_found(cupy, monkeypatch):
     features, boxes, indices, _ = map(cupy.asarray, problem(20))
     last = cupy.asarray(features.get().transpose(0, 2, 3, 1).copy()).transpose(0, 3, 1, 2)[:, 1:17]
     cr.roi_align(last, boxes, (5, 9), batch_indices=indices)
-    monkeypatch.setattr(kernels.View, "is_packed", lambda view, lanes: True)
+    monkeypatch.setattr(arguments.View, "is_packed", lambda view, lanes: True)
     with pytest.raises(RuntimeError, match="forward: an access of 16 bytes to an address that is no multiple of it"):
         cr.roi_align(last, boxes, (5, 9), batch_indices=indices)
 
 
 def test_wrong_launches_raise(cupy):
     kernel = kernels.kernel("forward", kernels.every_types()[0])
-    arguments = np.zeros((), kernels.ARGUMENTS)
+    given = np.zeros((), arguments.ARGUMENTS)
     for grid, block, args, error in [
-        ((0,), (256,), (arguments,), ValueError),
-        ((2**31,), (256,), (arguments,), ValueError),
-        ((1,), (1025,), (arguments,), ValueError),
+        ((0,), (256,), (given,), ValueError),
+        ((2**31,), (256,), (given,), ValueError),
+        ((1,), (1025,), (given,), ValueError),
         ((1,), (256,), (3,), TypeError),
-        ((1,), (256,), (arguments["rule"],), TypeError),
+        ((1,), (256,), (given["rule"],), TypeError),
     ]:
         with pytest.raises(error):
             kernel(grid, block, args)
@@ -435,7 +488,7 @@ def test_it_leaves_no_trace(emulated):
     program = (
         "import sys\nfrom tests.emulate import installed\n"
         "with installed() as cupy:\n    import cupy as found\n    assert found is cupy\n"
-        "assert 'cupy' not in sys.modules and 'cupy_roialign.cupy_backend' not in sys.modules\n"
+        "assert 'cupy' not in sys.modules and 'cupy_roialign.gpu.cupy_arrays' not in sys.modules\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False

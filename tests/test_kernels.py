@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 import cupy_roialign as cr
-from cupy_roialign import geometry, gpu_backend, kernels
-from cupy_roialign.geometry import Dialect, Rule
-from tests import tolerance
+from cupy_roialign import rule as rules
+from cupy_roialign.gpu import arguments, backend, kernels, tiling
+from cupy_roialign.gpu.tiling import Tiling, Zones
+from cupy_roialign.rule import BATCH_X1_Y1_X2_Y2, Border, Frame, Rule, Taps
+from tests import positions, tolerance
 
 
 def problem(channels=5, dtype=np.float32, count=9):
@@ -27,101 +29,74 @@ def run(cupy, features, boxes, indices, cotangent, sampling_ratio=2):
 
 TWIN = """
 extern "C" __global__ void twin(const Arguments a) {
-    // three numbers for each axis of a box, then position, inside, taps and fraction of one sample on each
+    // of each axis of a box what tests/positions.py computes
     const long long k = (a.first_block + blockIdx.x) * 64 + threadIdx.x;
     if (k >= a.count) return;
     Real edges[4];
     edges_of(a, k, edges);
     for (int axis = 0; axis < 2; ++axis) {
-        Real* to = (Real*)a.result + (k * 2 + axis) * 8;
-        const Axis found = resolve(a.rule, edges[axis], edges[axis + 2], axis, a.size[axis]);
-        const int p = (int)(k % a.rule.bins[axis]);
-        const long long i = found.samples > 0 ? k % found.samples : 0;
-        const Real position = position_of(a.rule, found, origin_of(found, p), i);
-        const Taps taps = taps_of(a.rule, position, a.size[axis]);
+        const int bins = a.rule.bins[axis], size = a.size[axis];
+        Real* to = (Real*)a.result + (k * 2 + axis) * 13;
+        for (int i = 0; i < 13; ++i) to[i] = 0;
+        if (!finite_box(edges)) continue;
+        const Axis found = affine(a.rule, edges[axis], edges[axis + 2], bins, size);
+        const Real origin = origin_of(found, (int)(k % bins));
+        long long first, stop;
+        candidates(found, origin, -1, size, first, stop);
         to[0] = found.start;
-        to[1] = found.bin;
-        to[2] = finite_box(edges) ? (Real)found.samples : (Real)0;
-        to[3] = found.samples > 0 ? position : (Real)0;
-        to[4] = taps.inside && found.samples > 0;
-        to[5] = to[4] != 0 ? (Real)taps.low : (Real)0;
-        to[6] = to[4] != 0 ? (Real)taps.high : (Real)0;
-        to[7] = to[4] != 0 ? taps.fraction : (Real)0;
+        to[1] = found.step;
+        to[2] = (Real)found.samples;
+        if (found.samples > EVERY_SAMPLE) to[3] = (Real)first, to[4] = (Real)stop;
+        if (found.samples > 0) {
+            const Real position = position_of(a.rule, found, origin, k % found.samples);
+            to[5] = position;
+            if (is_inside(a.rule, position, size)) {
+                const Taps taps = taps_of(a.rule, position, size);
+                to[6] = 1;
+                to[7] = (Real)taps.low;
+                to[8] = (Real)taps.high;
+                to[9] = taps.fraction;
+            }
+        }
+        const EdgeSlopes slopes = edge_slopes(a.rule, edges[axis], edges[axis + 2], bins, size);
+        to[10] = (Real)slopes.start[0];
+        to[11] = (Real)slopes.start[1];
+        to[12] = (Real)slopes.step;
     }
 }
 """
-
-RULES = [
-    Rule(Dialect.CROP_AND_RESIZE, (7, 5), (0, 1, 2, 3)),
-    Rule(Dialect.CROP_AND_RESIZE, (1, 1), (0, 1, 2, 3)),
-    Rule(Dialect.CROP_AND_RESIZE, (7, 5), (0, 1, 2, 3), nearest=True),
-    Rule(Dialect.ROI_CROP_CENTERS, (7, 5), (1, 0, 3, 2)),
-    Rule(Dialect.ROI_CROP_CORNERS, (7, 1), (1, 0, 3, 2)),
-    Rule(Dialect.ROI_ALIGN, (7, 5), (1, 0, 3, 2), 0.3, 2, True),
-    Rule(Dialect.ROI_ALIGN, (7, 5), (1, 0, 3, 2), 1 / 16, 3, False),
-    Rule(Dialect.ROI_ALIGN, (7, 5), (1, 0, 3, 2), 0.7, 0, True),
-    Rule(Dialect.ROI_ALIGN, (7, 5), (1, 0, 3, 2), 1.0, 0, False),
-]
-
-
-def adversarial_boxes(rule, count, real, size):
-    """Ordinary, on pixels and on edges, a unit in the last place beside them, subnormal, huge, of any bits at all."""
-    rng = np.random.default_rng(17)
-    unit = np.array([size[0] - 1, size[1] - 1] * 2) if rule.dialect is Dialect.CROP_AND_RESIZE else np.ones(4)
-    unit = np.maximum(unit, 1) * rule.spatial_scale
-    ordinary = rng.uniform(-5, max(size) + 5, (count, 4))
-    halves = rng.integers(-8, 2 * max(size) + 8, (count, 4)) / 2
-    boxes = np.where(rng.random((count, 4)) < 0.5, ordinary, halves) / unit
-    boxes = boxes.astype(real)
-    beside = rng.random((count, 4)) < 0.1
-    boxes[beside] = np.nextafter(boxes[beside], rng.choice([-np.inf, np.inf], beside.sum()).astype(real))
-    tiny = rng.random((count, 4)) < 0.03
-    boxes[tiny] = (
-        rng.choice([-1, 1], tiny.sum()) * np.finfo(real).smallest_subnormal * rng.integers(0, 5, tiny.sum())
-    ).astype(real)
-    bits = rng.integers(0, 2**32 if real == np.float32 else 2**63, (count, 4), dtype=np.uint64)
-    raw = bits.astype(np.uint32).view(np.float32) if real == np.float32 else bits.view(np.float64)
-    wild = rng.random(count) < 0.1
-    boxes[wild] = raw[wild]
-    return boxes
 
 
 @pytest.mark.parametrize("size", [(33, 41), (1, 2)])
 @pytest.mark.parametrize("real", [np.float32, np.float64])
 def test_positions_are_the_same_to_the_bit(real, size, cupy):
-    """A million boxes and more, over all rules: geometry.cuh against geometry.py."""
+    """A million boxes over all rules, of which 10 are operators': geometry.cuh against geometry.py."""
     name = np.dtype(real).name
     types = kernels.Types("float32", "float32", name, name, False, False)
     code = kernels.source("forward", types).replace(kernels.read("forward.cu"), TWIN)
     kernel = cupy.RawKernel(code, "twin")
-    count = 60_000
-    for rule in RULES:
-        boxes = adversarial_boxes(rule, count, real, size)
-        device, result = cupy.asarray(boxes), cupy.empty((count, 2, 8), real)
-        arguments = np.zeros((), kernels.ARGUMENTS)
-        arguments["boxes"], arguments["result"], arguments["count"] = device.data.ptr, result.data.ptr, count
-        arguments["box_strides"], arguments["size"] = (4, 1), size
-        arguments["rule"] = np.frombuffer(kernels.rule_bytes(rule), kernels.RULE)[0]
-        kernel((-(-count // 64),), (64,), (arguments,))
-        expected = np.zeros((count, 2, 8), real)
-        k = np.arange(count)
-        with np.errstate(all="ignore"):
-            axes = geometry.resolve(rule, boxes, size)
-            for a, (start, step, samples) in enumerate(zip(axes.start, axes.bin, axes.samples, strict=True)):
-                number = np.where(samples > 0, k % np.maximum(samples, 1), 0)
-                origin = start + (k % rule.bins[a]).astype(real) * step
-                within = ((number.astype(real) + real(rule.offset)) * step) / np.maximum(samples, 1).astype(real)
-                position = origin + within
-                low_edge, high_edge = (-1, size[a]) if rule.clamps else (0, size[a] - 1)
-                inside = (position >= low_edge) & (position <= high_edge) & (samples > 0)
-                low, high, fraction = geometry._taps(rule, position[inside], np.full(inside.sum(), size[a]))
-                columns = [start, step, samples, np.where(samples > 0, position, 0), inside]
-                expected[:, a, :5] = np.stack([c.astype(real) for c in columns], axis=1)
-                expected[inside, a, 5:] = np.stack([low.astype(real), high.astype(real), fraction], axis=1)
+    checked = 0
+    for rule in positions.RULES:
+        count = 70_000 if rule in positions.OPERATORS else 15_000
+        boxes = positions.adversarial_boxes(rule, count, real, size)
+        expected = positions.expected_positions(rule, boxes, size)
+        device, result = cupy.asarray(boxes), cupy.empty(expected.shape, real)
+        given = np.zeros((), arguments.ARGUMENTS)
+        given["boxes"], given["result"], given["count"] = device.data.ptr, result.data.ptr, count
+        given["box_strides"], given["size"] = (4, 1), size
+        given["rule"] = np.frombuffer(arguments.rule_bytes(rule), arguments.RULE)[0]
+        kernel((-(-count // 64),), (64,), (given,))
         sound = np.isfinite(boxes).all(1)
-        np.testing.assert_array_equal(result.get()[sound], expected[sound])
+        found = result.get()[sound]
+        np.testing.assert_array_equal(found, expected[sound])
+        inside = found[..., 6] == 1
+        for axis in range(2):  # whatever the rule, taps are pixels of the image
+            taps = found[:, axis, 7:9][inside[:, axis]]
+            assert len(taps)
+            assert ((taps >= 0) & (taps < size[axis])).all()
         assert (~sound).any()
-        assert (expected[sound, :, 4] == 1).any()
+        checked += len(boxes)
+    assert checked > 1_000_000
 
 
 def test_the_structure_of_arguments_is_that_of_the_kernels(cupy):
@@ -131,9 +106,9 @@ def test_the_structure_of_arguments_is_that_of_the_kernels(cupy):
         "a.feature_strides[3]", "a.output_strides[0]", "a.box_strides[1]", "a.index_stride", "a.direction_strides[3]",
         "a.direction_count", "a.images", "a.count",
         "a.first_block", "a.channels", "a.size[1]", "a.index_kind", "a.box_columns", "a.tile[1]",
-        "a.channels_at_once", "a.blocks_per_item", "a.packed_features", "a.packed_crops",
-        "a.rule.spatial_scale", "a.rule.extrapolation_value", "a.rule.dialect", "a.rule.bins[1]", "a.rule.columns[3]",
-        "a.rule.sampling_ratio", "a.rule.aligned", "a.rule.nearest",
+        "a.channels_at_once", "a.blocks_per_item", "a.zones[2]", "a.zone_pixels[1]", "a.packed_features",
+        "a.packed_crops", "a.rule.spatial_scale", "a.rule.extrapolation_value", "a.rule.frame", "a.rule.taps",
+        "a.rule.border", "a.rule.bins[1]", "a.rule.columns[3]", "a.rule.sampling_ratio", "a.rule.aligned",
     ]  # fmt: skip
     lines = "".join(f"    to[{i}] = (double){field};\n" for i, field in enumerate(fields))
     body = (
@@ -141,36 +116,37 @@ def test_the_structure_of_arguments_is_that_of_the_kernels(cupy):
     )
     code = kernels.source("forward", types).replace(kernels.read("forward.cu"), body)
     result = cupy.empty(len(fields), np.float64)
-    arguments = np.zeros((), kernels.ARGUMENTS)
-    arguments["result"] = result.data.ptr
+    given = np.zeros((), arguments.ARGUMENTS)
+    given["result"] = result.data.ptr
     for i, field in enumerate(fields):
-        name, _, place = field.removeprefix("a.").partition("[")
-        target = arguments
+        name, _, index = field.removeprefix("a.").partition("[")
+        target = given
         *outer, name = name.split(".")
-        for part in outer:
-            target = target[part]
-        if place:
-            target[name][int(place[:-1])] = i + 1
+        for structure in outer:
+            target = target[structure]
+        if index:
+            target[name][int(index[:-1])] = i + 1
         else:
             target[name] = i + 1
-    cupy.RawKernel(code, "fields")((1,), (1,), (arguments,))
+    cupy.RawKernel(code, "fields")((1,), (1,), (given,))
     assert result.get().tolist() == [i + 1 for i in range(len(fields))]
 
 
 def test_arguments_are_packed_in_the_order_of_their_names():
     shapes = ((2, 3, 4, 5), (7, 3, 8, 9), (7, 5), (7,), (7, 3, 8, 9))
-    at_work = [
-        kernels.View(100 + i, tuple(range(10 * i, 10 * i + len(shape))), shape, "int16" if i == 3 else "float32")
+    views = [
+        arguments.View(100 + i, tuple(range(10 * i, 10 * i + len(shape))), shape, "int16" if i == 3 else "float32")
         for i, shape in enumerate(shapes)
     ]
-    rule = Rule(Dialect.ROI_CROP_CORNERS, (8, 9), (2, 1, 4, 3), 0.25, 6, True, True, -1.5)
-    directions = [kernels.View(200, (91, 92), (7, 5), "float32")]
+    rule = Rule(Frame.CORNERS, Taps.NEAREST, Border.CLAMP, (8, 9), BATCH_X1_Y1_X2_Y2, 0.25, 6, True, -1.5)
+    directions = [arguments.View(200, (91, 92), (7, 5), "float32")]
     types = kernels.Types("float32", "float32", "float32", "float32", False, False)
-    packed = kernels.arguments(at_work, directions, rule, types, kernels.Tiling((12, 13), 11, 14), 105, 77)
-    fields = {name: packed[name].tolist() for name in kernels.ARGUMENTS.names if name != "rule"}
-    assert {name: packed["rule"][name].tolist() for name in kernels.RULE.names} == {
-        "spatial_scale": 0.25, "extrapolation_value": -1.5, "dialect": 2, "bins": [8, 9], "columns": [2, 1, 4, 3],
-        "sampling_ratio": 6, "aligned": 1, "nearest": 1,
+    zones = Zones((15, 16, 17), (18, 19))
+    packed = arguments.pack(views, directions, rule, types, Tiling((12, 13), 11, 14), zones, 105, 77)
+    fields = {name: packed[name].tolist() for name in arguments.ARGUMENTS.names if name != "rule"}
+    assert {name: packed["rule"][name].tolist() for name in arguments.RULE.names} == {
+        "spatial_scale": 0.25, "extrapolation_value": -1.5, "frame": 2, "taps": 2, "border": 1, "bins": [8, 9],
+        "columns": [2, 1, 4, 3], "sampling_ratio": 6, "aligned": 1,
     }  # fmt: skip
     assert fields == {
         "features": 100, "grad_output": 101, "boxes": 102, "batch_indices": 103, "result": 104, "workspace": 105,
@@ -179,8 +155,17 @@ def test_arguments_are_packed_in_the_order_of_their_names():
         "index_stride": 30, "direction_strides": [91, 92, 0, 0], "direction_count": 1,
         "images": 2, "count": 7, "first_block": 77, "channels": 3, "size": [4, 5],
         "index_kind": 2, "box_columns": 5, "tile": [12, 13], "channels_at_once": 11, "blocks_per_item": 14,
-        "packed_features": 0, "packed_crops": 0,
+        "zones": [15, 16, 17], "zone_pixels": [18, 19], "packed_features": 0, "packed_crops": 0,
     }  # fmt: skip
+
+
+def test_zeros_of_both_signs_are_told_apart(cupy):
+    """They are equal, so a cache would take one for the other."""
+    features = cupy.zeros((1, 1, 4, 4), np.float32)
+    boxes, indices = cupy.asarray(np.full((1, 4), 9, np.float32)), cupy.zeros(1, np.int64)
+    for value in (0.0, -0.0, 0.0):
+        crops = cr.crop_and_resize(features, boxes, indices, 1, extrapolation_value=value).get()
+        assert np.signbit(crops).all() == np.signbit(value)
 
 
 @pytest.fixture
@@ -201,15 +186,15 @@ def launched(monkeypatch):
 
 
 def test_offsets_of_64_bits_give_the_same(cupy, launched, monkeypatch):
-    arguments = problem()
-    narrow = run(cupy, *arguments)
-    assert {name for name, _ in launched} == set(kernels.KERNELS)
-    monkeypatch.setattr(kernels, "LARGE", 1)
-    from cupy_roialign.cupy_backend import CupyBackend
+    given = problem()
+    narrow = run(cupy, *given)
+    assert {name for name, _ in launched} == set(kernels.KERNELS) - {"forward_along"}
+    monkeypatch.setattr(backend, "LARGE", 1)
+    from cupy_roialign.gpu.cupy_arrays import CupyBackend
 
-    features, boxes = (CupyBackend().view(cupy.asarray(array)) for array in arguments[:2])
-    assert gpu_backend.types_of(features, features, boxes, RULES[-1]).large
-    for a, b in zip(narrow, run(cupy, *arguments), strict=True):
+    features, boxes = (CupyBackend().view(cupy.asarray(array)) for array in given[:2])
+    assert backend.types_of(features, features, boxes, rules.roi_align((5, 9))).large
+    for a, b in zip(narrow, run(cupy, *given), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -217,7 +202,7 @@ def test_offsets_of_64_bits_give_the_same(cupy, launched, monkeypatch):
 @pytest.mark.parametrize(("first", "channels"), [(0, 24), (8, 16), (8, 13), (1, 16), (4, 3)])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.uint8])
 def test_channels_that_are_read_together_and_those_that_are_not(first, channels, dtype, cupy):
-    from cupy_roialign.cupy_backend import CupyBackend
+    from cupy_roialign.gpu.cupy_arrays import CupyBackend
 
     _, boxes, indices, cotangent = problem(24)
     values = np.random.default_rng(5).uniform(0, 99, (2, 19, 22, 24)).astype(dtype)
@@ -226,7 +211,7 @@ def test_channels_that_are_read_together_and_those_that_are_not(first, channels,
     grads = np.ascontiguousarray(cotangent[:, of_them].transpose(0, 2, 3, 1))
     on_gpu = cupy.asarray(values).transpose(0, 3, 1, 2)[:, of_them]
     view = CupyBackend().view(on_gpu)
-    lanes = gpu_backend.types_of(view, view, CupyBackend().view(cupy.asarray(boxes)), RULES[5]).lanes
+    lanes = backend.types_of(view, view, CupyBackend().view(cupy.asarray(boxes)), rules.roi_align((5, 9))).lanes
     assert view.is_packed(lanes) == (first % lanes == 0)
     options = {"output_size": (5, 9), "sampling_ratio": 2, "batch_indices": indices}
     expected, pullback = cr.vjp(cr.roi_align, last, boxes, **options)
@@ -241,17 +226,17 @@ def test_channels_that_are_read_together_and_those_that_are_not(first, channels,
 
 @pytest.mark.parametrize("channels", [3, 70])
 def test_many_bins_on_few_pixels_and_few_on_many(channels, cupy):
-    """Several parts of a box's bins touch a tile of pixels, or more pixels touch a bin than are held at a time."""
+    """Several chunks of a box's bins touch a tile of pixels, or more pixels touch a bin than are held at a time."""
     rng = np.random.default_rng(8)
     features = rng.uniform(-1, 1, (2, channels, 40, 45)).astype(np.float32)
     boxes = np.array([[3, 4, 8, 7], [0, 0, 45, 40], [-9, 12, 30, 13], [20, 20, 20, 20], [30, 39, 2, 1]], np.float32)
     indices = np.array([1, 0, 1, 0, 1])
     for size, sampling_ratio in (((40, 35), 2), ((1, 2), -1), ((1, 1), 90)):
-        arguments = (size, 1.0, sampling_ratio, True)
+        options = (size, 1.0, sampling_ratio, True)
         grad = rng.uniform(-1, 1, (5, channels, *size)).astype(np.float32)
-        expected, pullback = cr.vjp(cr.roi_align, features, boxes, *arguments, batch_indices=indices)
+        expected, pullback = cr.vjp(cr.roi_align, features, boxes, *options, batch_indices=indices)
         output, pullback_on_gpu = cr.vjp(
-            cr.roi_align, *map(cupy.asarray, (features, boxes)), *arguments, batch_indices=cupy.asarray(indices)
+            cr.roi_align, *map(cupy.asarray, (features, boxes)), *options, batch_indices=cupy.asarray(indices)
         )
         found = (output, *pullback_on_gpu(cupy.asarray(grad)))
         for a, b in zip(found, (expected, *pullback(grad)), strict=True):
@@ -262,21 +247,22 @@ def test_many_bins_on_few_pixels_and_few_on_many(channels, cupy):
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1)])
 def test_many_channels_in_rounds(order, sampling_ratio, cupy, launched, monkeypatch):
     """A box's taps are held from round to round or, too many to be held, read again."""
-    from cupy_roialign.cupy_backend import CupyBackend
+    from cupy_roialign.gpu.cupy_arrays import CupyBackend
 
     features, boxes, indices, cotangent = problem(150)
+    rule = rules.roi_align((7, 5), 0.3, 2, True)
     boxes[3], boxes[5] = [np.nan, 0, 1, 1], [-30, -30, 160, 120]  # and bins of 20 pixels
     features = np.ascontiguousarray(features.transpose(order)).transpose(np.argsort(order))
     found = []
     for blocks in (10**6, 1):
-        monkeypatch.setattr(kernels, "MANY_BLOCKS", blocks)
-        kernels.Tiling.of.cache_clear()
+        monkeypatch.setattr(tiling, "MANY_BLOCKS", blocks)
+        Tiling.of.cache_clear()
         launched.clear()
         found.append(run(cupy, features, boxes, indices, cotangent, sampling_ratio))
         assert (dict(launched)["forward"] == 2 * len(boxes)) == (blocks == 1)
         given = [cupy.asarray(array) for array in (features, boxes, indices)]
-        found[-1].append(CupyBackend().forward(*given, RULES[5], [cupy.asarray(boxes + 1)]).get())
-    kernels.Tiling.of.cache_clear()
+        found[-1].append(CupyBackend().forward(*given, rule, [cupy.asarray(boxes + 1)]).get())
+    Tiling.of.cache_clear()
     for i, precision in enumerate((0, 0, 1e-5, 0)):
         tolerance.assert_close(found[1][i], found[0][i], precision)
     assert np.isnan(found[1][0][3]).all()
@@ -284,7 +270,7 @@ def test_many_channels_in_rounds(order, sampling_ratio, cupy, launched, monkeypa
 
 def test_a_view_is_packed_where_one_access_reaches_its_channels():
     def view(pointer=64, strides=(1000, 1, 80, 8), shape=(2, 8, 5, 10), dtype="float32"):
-        return kernels.View(pointer, strides, shape, dtype)
+        return arguments.View(pointer, strides, shape, dtype)
 
     assert view().is_packed(4)
     assert not view(pointer=72).is_packed(4)
@@ -304,24 +290,25 @@ def test_tilings_cover_everything_once(features, channels_last):
     for size in ((1, 1), (7, 7), (14, 14), (9, 300), (224, 224), (1, 1000), (0, 5)):
         for channels in (0, 1, 3, 20, 256, 1024):
             for items in (None, 1, 100, 10**6):
-                tiling = kernels.Tiling.of(size, channels, types, items)
-                assert max(tiling.tile) <= kernels.MOST_TILE
-                assert tiling.channels % types.lanes == 0 < tiling.channels
-                tiles = [-(-n // max(1, side)) for n, side in zip(size, tiling.tile, strict=True)]
+                cut = Tiling.of(size, channels, types, items)
+                assert max(cut.tile) <= kernels.MOST_TILE
+                assert cut.channels % types.lanes == 0 < cut.channels
+                tiles = [-(-n // max(1, side)) for n, side in zip(size, cut.tile, strict=True)]
                 if 0 not in size and channels:
-                    assert tiling.blocks == np.prod(tiles) * -(-channels // tiling.channels)
-                spots = np.prod(tiling.tile) * tiling.channels // types.lanes
+                    assert cut.blocks == np.prod(tiles) * -(-channels // cut.channels)
+                spots = np.prod(cut.tile) * cut.channels // types.lanes
                 assert items is not None or spots <= kernels.THREADS * types.spots
 
 
-def test_launches_in_parts(cupy, launched, monkeypatch):
-    arguments = problem()
-    whole = run(cupy, *arguments)
-    monkeypatch.setattr(gpu_backend, "MOST_BLOCKS", 7)
+def test_several_launches_for_many_blocks(cupy, launched, monkeypatch):
+    given = problem(count=600)
+    whole = run(cupy, *given)
+    monkeypatch.setattr(backend, "MOST_BLOCKS", 2)
     launched.clear()
-    for a, b in zip(whole, run(cupy, *arguments), strict=True):
+    for a, b in zip(whole, run(cupy, *given), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert max(blocks for _, blocks in launched) == 7
+    assert max(blocks for _, blocks in launched) == 2
+    assert [blocks for name, blocks in launched if name == "resolve_boxes"] == [2, 1]
 
 
 @pytest.mark.parametrize("index", [-1, 2, 2**40])
@@ -354,3 +341,102 @@ def test_indices_of_any_integer_dtype(dtype, cupy):
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [((70, 2, 30, 20), 400), ((1, 1, 1500, 40), 300), ((2, 1, 20, 2100), 9000), ((3, 40, 50, 60), 100)],
+)
+@pytest.mark.parametrize("sort", [False, True])
+def test_boxes_are_found_by_image_and_by_tile(shape, count, sort, cupy):
+    """More images, rows or columns of tiles than zones, and more boxes than a block looks for at a time."""
+    rng = np.random.default_rng(9)
+    centers = rng.uniform(-5, 1, (count, 2)) * -np.array(shape[:1:-1]) / 5
+    half = rng.uniform(-1, 4, (count, 2))
+    boxes = np.concatenate([centers - half, centers + half], 1).astype(np.float32)
+    boxes[3], boxes[5] = np.nan, [-1e30, -1e30, 1e30, 1e30]
+    indices = rng.integers(0, shape[0], count)
+    indices = np.sort(indices) if sort else indices
+    grad = rng.uniform(-1, 1, (count, shape[1], 2, 3)).astype(np.float32)
+    features = np.zeros(shape, np.float32)
+    _, pullback = cr.vjp(cr.roi_align, features, boxes, (2, 3), 1.0, 2, batch_indices=indices)
+    on_gpu = [cupy.asarray(array) for array in (features, boxes, indices, grad)]
+    _, pullback_on_gpu = cr.vjp(cr.roi_align, *on_gpu[:2], (2, 3), 1.0, 2, batch_indices=on_gpu[2])
+    tolerance.assert_close(pullback_on_gpu(on_gpu[3])[0].get(), pullback(grad)[0], 1e-5)
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (8, 8), (3, 16)])
+def test_zones_cover_every_tile_and_are_few(tile):
+    for size in ((1, 1), (16, 17), (100, 3000), (70_000, 1), (2**31 - 1, 5)):
+        for images in (0, 1, 64, 1000):
+            zones = Zones.of(images, size, tile)
+            assert zones.counts[2] == min(images, tiling.MOST_ZONES)
+            for count, pixels, side, n in zip(zones.counts, zones.pixels, tile, size, strict=False):
+                assert pixels % side == 0
+                assert (count - 1) * pixels < n <= count * pixels
+                assert count <= tiling.MOST_ZONES
+            assert zones.bytes(64) == 8 * sum(zones.counts)
+
+
+# ---- a level is subtracted from the features ----
+
+OFFSET = 2.0**20
+
+
+def offset_problem(channels, order, boxes_of):
+    """Features that are exact in float32 with OFFSET added too: multiples of an eighth."""
+    rng = np.random.default_rng(2)
+    features = rng.integers(-64, 64, (2, channels, 19, 22)).astype(np.float32) / 8
+    features = np.ascontiguousarray(features.transpose(order)).transpose(np.argsort(order))
+    boxes = (rng.uniform(0, 20, (6, 4)) / (20 if boxes_of == Frame.NORMALIZED else 1)).astype(np.float32)
+    return features, boxes, rng.integers(0, 2, 6)
+
+
+LEVELED = [
+    rules.crop_and_resize((5, 9)),
+    rules.roi_crop((5, 9)),
+    rules.roi_crop((5, 9), centers=False),
+    rules.roi_align((5, 9), 1.0, 2, True),
+    rules.roi_align((1, 2), 1.0, 90),  # more taps than are held at a time
+]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1)])
+@pytest.mark.parametrize("channels", [3, 40])
+@pytest.mark.parametrize("rule", LEVELED)
+def test_an_offset_of_the_features_costs_no_digits_of_slopes(rule, channels, order, cupy):
+    """The gradient of the boxes, and derivatives along directions, with which weights change but not their sum."""
+    from cupy_roialign.gpu.cupy_arrays import CupyBackend
+
+    features, boxes, indices = offset_problem(channels, order, rule.frame)
+    rng = np.random.default_rng(3)
+    grad = rng.integers(-8, 8, (6, channels, *rule.bins)).astype(np.float32)
+    directions = [cupy.asarray(rng.uniform(-1, 1, boxes.shape).astype(np.float32)) for _ in range(2)]
+    results = []
+    for values in (features, features + np.float32(OFFSET)):
+        on_gpu = [cupy.asarray(array) for array in (values, boxes, indices)]
+        grad_on_gpu = cupy.asarray(grad)
+        results.append(
+            [CupyBackend().forward(*on_gpu, rule, directions[:count]).get() for count in (1, 2)]
+            + [CupyBackend().box_gradient(grad_on_gpu, *on_gpu, rule, directions[:count]).get() for count in (0, 1)]
+        )
+    for expected, found in zip(*results, strict=True):
+        assert np.abs(expected).max() > 0.1
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_level_that_is_not_finite_stays_where_it_is(value, cupy):
+    """The first pixel of a bin is its level: if it is not finite, that reaches the boxes that sample it, and no others."""
+    features, boxes, indices = offset_problem(9, (0, 1, 2, 3), Frame.SCALED)
+    grad = np.ones((6, 9, 5, 9), np.float32)
+    options = {"output_size": (5, 9), "sampling_ratio": 2, "batch_indices": indices}
+    sound = cr.vjp(cr.roi_align, features, boxes, **options)[1](grad)[1]
+    y, x = int(boxes[0, 1]), int(boxes[0, 0])
+    features[indices[0], 4, y : y + 2, x : x + 2] = value
+    expected = cr.vjp(cr.roi_align, features, boxes, **options)[1](grad)[1]
+    options["batch_indices"] = cupy.asarray(indices)
+    found = cr.vjp(cr.roi_align, cupy.asarray(features), cupy.asarray(boxes), **options)[1](cupy.asarray(grad))[1].get()
+    assert not np.isfinite(found[0]).any()
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
+    tolerance.assert_close(found[np.isfinite(found)], sound[np.isfinite(found)], 1e-5)

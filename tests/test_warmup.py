@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 import cupy_roialign as cr
-from cupy_roialign import __main__, driver, kernels, warmup
+from cupy_roialign import __main__
+from cupy_roialign.cpu import backend as cpu_backend
+from cupy_roialign.diagnose import driver, warmup
+from cupy_roialign.gpu import kernels
 
 BOXES = np.array([[0.0, 0.0, 3.0, 3.0]])
 
@@ -51,7 +54,7 @@ def call(cupy, operator, dtype, box_dtype, channels_last, gradients):
 @pytest.mark.parametrize("order", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("box_dtype", ["float32", "float64"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "uint8"])
-@pytest.mark.parametrize("operator", warmup.DIALECTS)
+@pytest.mark.parametrize("operator", warmup.RULES)
 def test_it_is_what_calls_ask_for(operator, dtype, box_dtype, order, gradients, asked, emulated):
     call(emulated, operator, dtype, box_dtype, order == "channels-last", gradients)
     options = ["--operator", operator, "--dtype", dtype, "--box-dtype", box_dtype, "--order", order]
@@ -59,7 +62,7 @@ def test_it_is_what_calls_ask_for(operator, dtype, box_dtype, order, gradients, 
 
 
 def test_by_default_it_is_what_most_ask_for(asked, emulated):
-    for operator in warmup.DIALECTS:
+    for operator in warmup.RULES:
         for dtype in ("float32", "float16"):
             for channels_last in (False, True):
                 call(emulated, operator, dtype, "float32", channels_last, gradients=True)

@@ -1,6 +1,6 @@
-"""`python -m cupy_roialign`: what is installed, where arrays are computed on and why, and whether that works.
+"""`python -m cupy_roialign`: what is installed, where each kind of array is computed and why, and whether that works.
 
-`gather` and `self_test` find facts, and raise nothing; `backends`, `diagnose` and `report` go by the facts alone.
+`gather` and `self_test` find facts and raise nothing; `backends`, `diagnose` and `report` use these facts alone.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from typing import Any
 import numpy as np
 
 import cupy_roialign as cr
-from cupy_roialign import driver, problems
-from cupy_roialign.problems import Machine, Problem, brief, dotted
+from cupy_roialign.cpu import backend as cpu_backend
+from cupy_roialign.diagnose import driver, problems
+from cupy_roialign.diagnose.problems import Machine, Problem, brief, dotted
 
 Facts = dict[str, Any]
 
 KINDS = {"numpy": "NumPy arrays", "cupy": "CuPy arrays", "torch_cpu": "CPU tensors", "torch_cuda": "CUDA tensors"}
 
-VARIABLES = re.compile(r"CUPY_\w+|CUDA_(PATH|HOME|VISIBLE_DEVICES)|(OMP|OPENBLAS|MKL)_NUM_THREADS")
-"""Of the environment: ours, CuPy's, and what libraries that work for us go by."""
+COMPILED = "CUPY_ROIALIGN_COMPILED"
+"""The environment variable that, set to 0, turns compiled loops off."""
+
+VARIABLES = re.compile(r"CUPY_\w+|CUDA_(PATH|HOME|VISIBLE_DEVICES)|(OMP|OPENBLAS|MKL)_NUM_THREADS|NUMBA_\w+")
+"""Environment variables to report: this package's, CuPy's, and those that CUDA and BLAS libraries read."""
 
 REFERENCE: dict[str, Any] = {
     # two boxes that overlap, the second of which leaves the image
@@ -39,19 +43,20 @@ REFERENCE: dict[str, Any] = {
     ],
     "grad_boxes": [[0, -6.875, 1.375, -18.625, -13.875], [0, 16.828125, -0.515625, 6.046875, -1.546875]],
 }
-"""A call of `roi_align`, and what comes of it: exact, in float32 too."""
+"""A call of `roi_align` and its results, which are exact in float32 too."""
 
 TOLERANCE = 1e-5
+"""The largest error of the self-test's results."""
 
 
 # ---- facts ----
 
 
 def gather() -> Facts:
-    """All but the self-test."""
+    """All facts but the self-test's."""
     cuda = driver.cuda_version()
     gpus = driver.gpus() if cuda else {"devices": [], "error": None}
-    answers = gpus["error"] is None  # whoever else asks a driver that hangs would hang, too
+    answers = gpus["error"] is None  # to query a driver that hangs again would hang this process
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return {
@@ -59,7 +64,7 @@ def gather() -> Facts:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "numpy": np.__version__,
-            "scipy": _scipy(),
+            "compiled": _compiled(),
             "threads": _threads(),
             "driver": {"cuda": cuda, "release": driver.release() if cuda else None, **gpus},
             "cupy": _cupy(answers),
@@ -70,7 +75,7 @@ def gather() -> Facts:
 
 
 def _imported(name: str) -> tuple[Any, str | None]:
-    """A module, or what keeps it from being imported; neither where it is not installed."""
+    """A module, or the error of importing it; neither if it is not installed."""
     try:
         return importlib.import_module(name), None
     except Exception as error:
@@ -78,9 +83,14 @@ def _imported(name: str) -> tuple[Any, str | None]:
         return None, None if missing else brief(error)
 
 
-def _scipy() -> Facts:
-    scipy, error = _imported("scipy")
-    return {"version": _version(scipy), "error": error}
+def _compiled() -> Facts:
+    """Whether the loops for the CPU are compiled, and why not."""
+    numba, error = _imported("numba")
+    try:
+        why_not = cpu_backend.not_compiled()
+    except Exception as failure:
+        why_not = brief(failure)
+    return {"numba": _version(numba), "error": error, "why_not": why_not.rstrip(" .") or None}
 
 
 def _threads() -> Facts:
@@ -91,7 +101,7 @@ def _threads() -> Facts:
 
 
 def _version(module: Any) -> str | None:
-    """Of a module; a folder of its name in the current directory passes for one, and has none."""
+    """A module's version; a folder of its name in the current directory passes for a module, and has none."""
     return None if module is None else str(getattr(module, "__version__", "unknown"))
 
 
@@ -130,7 +140,7 @@ def _torch(answers: bool) -> Facts:
 
 
 def kernel_cache() -> Facts:
-    """CuPy's, which keeps the kernels of all programs, ours among them."""
+    """CuPy's cache, which keeps the kernels of all programs."""
     folder = os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
     sizes = []
     with contextlib.suppress(OSError):
@@ -143,7 +153,7 @@ def kernel_cache() -> Facts:
 
 
 def self_test(kind: str) -> str | None:
-    """What is wrong with the reference case on arrays of a kind; None: nothing."""
+    """What is wrong with the results of the reference case on arrays of a kind; None if nothing is."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -197,13 +207,15 @@ _RUNS: dict[str, Callable[[], list[np.ndarray]]] = {
 
 
 def backends(facts: Facts) -> dict[str, Facts]:
-    """For arrays of each kind `backend`, CPU or GPU; or None, and `why_not`."""
+    """For arrays of each kind the `backend`, CPU or GPU; or None, and `why_not`."""
     cupy, torch = facts["cupy"], facts["torch"]
     no_kernels = no_tensors = None
     if cupy["version"] is None:
         no_kernels = "CuPy cannot be imported" if cupy["error"] else "CuPy is not installed"
     elif cupy["rocm"]:
         no_kernels = "this CuPy is built for ROCm"
+    elif problems.is_old_cupy(cupy["version"]):
+        no_kernels = f"CuPy {cupy['version']} is too old"
     elif not cupy["gpus"]:
         no_kernels = "CuPy finds no GPU"
     if torch["version"] is None:
@@ -221,7 +233,7 @@ def backends(facts: Facts) -> dict[str, Facts]:
 def diagnose(facts: Facts, tests: dict[str, str | None]) -> list[Facts]:
     """The problems: `code`, `what`, `do`, and which of KINDS each `stops` that should work.
 
-    On the CPU all should, and on the GPU where the NVIDIA driver, CuPy or PyTorch shows one.
+    On the CPU all should work, and on the GPU if the NVIDIA driver, CuPy or PyTorch shows one.
     """
     cupy, torch, of_driver = facts["cupy"], facts["torch"], facts["driver"]
     capabilities = [tuple(device["compute_capability"]) for device in of_driver["devices"]]
@@ -238,6 +250,8 @@ def diagnose(facts: Facts, tests: dict[str, str | None]) -> list[Facts]:
             found[problems.no_cupy(cupy["error"], on)] = of_gpu if shown else []
     elif cupy["rocm"]:
         found[problems.rocm(on)] = of_gpu if shown else []
+    elif problems.is_old_cupy(cupy["version"]):
+        found[problems.old_cupy(cupy["version"], on)] = of_gpu if shown else []
     elif not cupy["gpus"]:
         found[problems.no_gpu(cupy["gpu_error"], cupy["built_for"], on)] = of_gpu if shown else []
     elif capabilities and cupy["built_for"]:
@@ -261,7 +275,7 @@ def diagnose(facts: Facts, tests: dict[str, str | None]) -> list[Facts]:
 
 
 def examine() -> Facts:
-    """All of it: what `--json` prints."""
+    """All facts and conclusions: what `--json` prints."""
     facts = gather()
     places = backends(facts)
     tests = {kind: self_test(kind) for kind, place in places.items() if place["backend"]}
@@ -274,7 +288,21 @@ def examine() -> Facts:
 # ---- the report ----
 
 
+def _loops(compiled: Facts, environment: dict[str, str]) -> str:
+    """Whether the loops for the CPU are compiled or, if not, why and what to do."""
+    if compiled["why_not"] is None:
+        return f"compiled by Numba {compiled['numba']}"
+    if compiled["numba"] is None and compiled["error"] is None:
+        remedy = "pip install 'cupy_roialign[cpu]' makes the CPU faster"
+    elif environment.get(COMPILED) == "0":
+        remedy = f"unset {COMPILED} to make the CPU faster"
+    else:
+        remedy = "pip install --upgrade 'cupy_roialign[cpu]' makes the CPU faster"
+    return f"NumPy alone, because {compiled['why_not']}; {remedy}"
+
+
 def report(facts: Facts) -> str:
+    """The facts and conclusions as text."""
     return "\n".join(_lines(facts))
 
 
@@ -291,8 +319,7 @@ def _lines(facts: Facts) -> Iterator[str]:
     yield ""
     yield line("Python", f"{facts['python']} on {facts['platform']}")
     yield line("NumPy", facts["numpy"])
-    none = "not installed: pip install 'cupy_roialign[cpu]' makes the CPU faster"
-    yield line("SciPy", facts["scipy"]["version"] or facts["scipy"]["error"] or none)
+    yield line("CPU loops", _loops(facts["compiled"], facts["environment"]))
     yield line("Threads", f"{facts['threads']['count'] or facts['threads']['error']}")
     yield line("PyTorch", library(torch, f", for CUDA {torch['cuda']}" if torch["cuda"] else ", without CUDA"))
     built_for = dotted(cupy["built_for"]) if cupy["built_for"] else "unknown"
@@ -303,25 +330,25 @@ def _lines(facts: Facts) -> Iterator[str]:
         release = f"{of_driver['release']}, " if of_driver["release"] else ""
         yield line("NVIDIA driver", f"{release}for CUDA up to {dotted(of_driver['cuda'])}")
     else:
-        yield line("NVIDIA driver", "none: the GPU is not used")
+        yield line("NVIDIA driver", "none: no GPU is used")
     for number, device in enumerate(of_driver["devices"]):
         memory, capability = device["memory_bytes"] / 2**30, dotted(device["compute_capability"])
         yield line(f"GPU {number}", f"{device['name']}, compute capability {capability}, {memory:.1f} GiB")
     if of_driver["cuda"] and not of_driver["devices"]:
-        yield line("GPU", of_driver["error"] or "none that the driver shows")
+        yield line("GPU", of_driver["error"] or "the driver shows none")
     size = "in memory" if cache["in_memory"] else f"{cache['files']} files, {cache['bytes'] / 2**20:.1f} MiB"
     yield line("Kernel cache", f"{cache['folder']}, {size}")
     for name, value in facts["environment"].items():
         yield line("Environment", f"{name}={value}")
     yield ""
-    yield "Arrays are computed on where they lie:"
+    yield "Where each kind of array is computed:"
     for kind, place in facts["backends"].items():
         where = f"on the {place['backend']}, self-test {place['self_test']}" if place["backend"] else "not at all"
         yield line(f"  {KINDS[kind]}", f"{where}: {place['why_not']}" if place["why_not"] else where)
     yield ""
     for problem in facts["problems"]:
         stopped = " and ".join(KINDS[kind] for kind in problem["stops"])
-        yield f"Problem, which stops {stopped}:" if stopped else "Note:"
+        yield f"Problem with {stopped}:" if stopped else "Note:"
         yield f"  {problem['what']}"
         yield f"  what to do: {problem['do']}"
     if not facts["problems"]:

@@ -1,6 +1,6 @@
-"""The NVIDIA driver, asked without CuPy: which CUDA it runs, and the GPUs that a process sees.
+"""The NVIDIA driver, queried without CuPy: which CUDA it runs, and which GPUs a process sees.
 
-Run as a script it writes what `gpus` returns: a driver that hangs or crashes takes only that process with it.
+Run as a script it prints what `gpus` returns: a driver that hangs or crashes takes only that process with it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from typing import Any
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 RELEASE = Path("/proc/driver/nvidia/version")
-PATIENCE = 30.0  # seconds; a GPU that sleeps takes some to wake
+PATIENCE = 30.0
+"""Seconds to wait for the driver's answer; a sleeping GPU takes some to wake."""
 
-# of cuda.h
+# From cuda.h: an error, and the attributes of a compute capability's major and minor number.
 _NO_DEVICE = 100
-_CAPABILITY = (75, 76)  # the attributes of its major and its minor number
+_CAPABILITY = (75, 76)
 
 
 def cuda_version() -> tuple[int, int] | None:
-    """The newest CUDA that the driver runs; None: there is no driver. It does not touch a GPU."""
+    """The newest CUDA that the driver runs; None if there is no driver. No GPU is touched."""
     try:
         library = ctypes.CDLL(LIBRARY)
     except OSError:
@@ -36,25 +37,25 @@ def cuda_version() -> tuple[int, int] | None:
 
 
 def release() -> str | None:
-    """The driver's own number, such as 580.65.06, where its kernel module tells."""
+    """The driver's own version, such as 580.65.06, if its kernel module tells."""
     with contextlib.suppress(OSError):
-        found = re.search(r"\d+\.\d+(\.\d+)?", RELEASE.read_text())
+        found = re.search(r"\d+\.\d+(\.\d+)?", RELEASE.read_text(encoding="utf-8", errors="replace"))
         return found and found.group()
     return None
 
 
 def gpus() -> dict[str, Any]:
-    """`devices`, and under `error` why there is no telling. Asked in another process, for so long as PATIENCE."""
+    """The GPUs as `devices`, and as `error` why they are unknown. Another process asks, for up to PATIENCE seconds."""
     command = [sys.executable, "-I", __file__, LIBRARY]
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    except Exception as error:  # an interpreter within another program has no name
+    except Exception as error:  # an embedded interpreter has no executable
         return {"devices": [], "error": f"no process to ask it in: {error}"}
     try:
         output, _ = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
         process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # what hangs in the kernel does not end
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that hangs in the kernel does not end
             process.communicate(timeout=1)
         return {"devices": [], "error": f"no answer in {PATIENCE:g} seconds"}
     try:
@@ -85,12 +86,12 @@ def _ask(name: str) -> dict[str, Any]:
         library.cuDeviceGetName(title, len(title), device)
         library.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
         capability = [ctypes.c_int(), ctypes.c_int()]
-        for part, attribute in zip(capability, _CAPABILITY, strict=True):
-            library.cuDeviceGetAttribute(ctypes.byref(part), attribute, device)
+        for number_of, attribute in zip(capability, _CAPABILITY, strict=True):
+            library.cuDeviceGetAttribute(ctypes.byref(number_of), attribute, device)
         devices.append(
             {
                 "name": title.value.decode(errors="replace"),
-                "compute_capability": [part.value for part in capability],
+                "compute_capability": [number_of.value for number_of in capability],
                 "memory_bytes": memory.value,
             }
         )

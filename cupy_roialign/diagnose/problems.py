@@ -1,4 +1,4 @@
-"""What can be wrong on the way to the GPU, and what to do: the words of errors and of `python -m cupy_roialign`."""
+"""Problems of an installation and their remedies, as errors and `python -m cupy_roialign` word them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from cupy_roialign import driver
+from cupy_roialign.diagnose import driver
 
 Version = tuple[int, int]
 
 
 class Problem(NamedTuple):
-    code: str
+    """What is wrong, and what to do about it."""
+
+    code: str  # for programs that read the JSON report
     what: str
     do: str
 
@@ -27,29 +29,35 @@ class Extra(NamedTuple):
     """An extra of this package, which installs CuPy together with CUDA's compiler and headers."""
 
     cuda: int  # the major version, which the driver must run
-    driver: int  # the oldest driver that does
-    capability: Version  # the oldest GPU that the compiler knows
+    driver: int  # the oldest driver that runs it
+    capability: Version  # the oldest GPU that the compiler supports
 
 
-# https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html; the newest comes first.
 EXTRAS = {"cuda13": Extra(13, 580, (7, 5)), "cuda12": Extra(12, 525, (5, 0))}
+"""The extras by name, the newest first.
+
+https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
+"""
 
 NEWEST = EXTRAS["cuda13"]
 
+OLDEST_CUPY = 13
+"""The oldest major version of CuPy that works. CuPy 11 and older change torch's current device."""
+
 _NO_TOOLKIT = re.compile(r"CUDA_PATH|libnvrtc|nvrtc64|nvrtc-builtins|open source file", re.IGNORECASE)
-"""What CuPy 13 and 14 say where they find no compiler or no headers. No other failed compilation says it."""
+"""Words of the errors of CuPy 13 and 14 without a compiler or headers, and of no other failed compilation."""
 
 
 class Machine(NamedTuple):
     """What decides which CuPy is the right one, and whether it can find a GPU."""
 
-    cuda: Version | None  # the newest that the driver runs; None: there is no driver
-    capabilities: Sequence[Version]  # of the GPUs, as far as they are known
-    cupys: Sequence[str]  # the distributions that are installed: cupy-cuda13x
+    cuda: Version | None  # the newest that the driver runs; None if there is no driver
+    capabilities: Sequence[Version]  # the compute capabilities of the GPUs, as far as they are known
+    cupys: Sequence[str]  # the installed distributions, such as cupy-cuda13x
     visible: str | None  # CUDA_VISIBLE_DEVICES
 
     def install(self) -> str:
-        """How to get the right CuPy, in place of what is there."""
+        """How to install the right CuPy in place of the present one."""
         removal = f"pip uninstall -y {' '.join(self.cupys)} && " if self.cupys else ""
         command = removal + "pip install 'cupy_roialign[{}]'"
         if self.cuda is None:
@@ -66,26 +74,26 @@ class Machine(NamedTuple):
 
     @property
     def extra(self) -> str | None:
-        """The one that goes with the CuPy that is installed."""
+        """The extra of the installed CuPy."""
         return next((name for name in EXTRAS if f"cupy-{name}x" in self.cupys), None)
 
 
 def machine() -> Machine:
-    """This one, but for its GPUs, which take a while to ask for."""
+    """This machine without its GPUs, which take a while to query."""
     return Machine(driver.cuda_version(), (), cupy_distributions(), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def cupy_distributions() -> list[str]:
-    """The installed distributions that bring a `cupy`. There should be one."""
+    """The installed distributions that contain a `cupy`. There should be one."""
     plain = set()
     for distribution in importlib.metadata.distributions():
-        with contextlib.suppress(Exception):  # one that was removed in part
+        with contextlib.suppress(Exception):  # a partly removed one
             plain.add(re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower())
     return sorted(name for name in plain if re.fullmatch(r"(amd-)?cupy(-(cuda|rocm)[-\w]*)?", name))
 
 
 def cupy_built_for() -> Version | None:
-    """The CUDA of the CuPy that is imported."""
+    """The CUDA that the imported CuPy is built for."""
     import cupy
 
     try:
@@ -96,7 +104,7 @@ def cupy_built_for() -> Version | None:
 
 
 def cupy_gpus() -> tuple[int, str | None]:
-    """How many GPUs CuPy finds; an error that keeps it from that."""
+    """How many GPUs CuPy finds, and the error if it fails to look."""
     import cupy
 
     try:
@@ -105,7 +113,14 @@ def cupy_gpus() -> tuple[int, str | None]:
         return 0, brief(error)
 
 
+def is_old_cupy(version: str) -> bool:
+    """Whether a version of CuPy is too old to work; not one that is unknown."""
+    major = version.partition(".")[0]
+    return major.isdecimal() and int(major) < OLDEST_CUPY
+
+
 def finds_gpu(cupy: Any) -> bool:
+    """Whether CuPy finds a GPU."""
     try:
         return cupy.cuda.is_available()
     except Exception:  # CuPy 13 raises where its CUDA is too new for the driver, or there is none
@@ -113,11 +128,12 @@ def finds_gpu(cupy: Any) -> bool:
 
 
 def no_gpu_here() -> Problem:
+    """Why CuPy finds no GPU on this machine."""
     return no_gpu(cupy_gpus()[1], cupy_built_for(), machine())
 
 
 def brief(error: BaseException) -> str:
-    """An error in one line. CuPy frames the one that tells."""
+    """An error in one line. CuPy wraps the original one in advice."""
     text = " ".join(str(error).split())
     _, framed, original = text.partition("Original error: ")
     text = original.strip(" =") if framed else f"{type(error).__name__}: {text}"
@@ -132,14 +148,14 @@ def dotted(version: Sequence[int]) -> str:
 
 
 def no_cupy(error: str | None, on: Machine) -> Problem:
-    """`error`: what importing it raises, where it is installed."""
+    """CuPy is not installed or, with an `error`, cannot be imported."""
     state = f"cannot be imported ({error})" if error else "is not installed"
     what = f"kernels for the GPU are compiled by CuPy, which {state}"
     return Problem("cupy_broken" if error else "cupy_missing", what, on.install())
 
 
 def cupy_import_failed(error: Exception) -> Problem:
-    """The same, of this machine and the error itself."""
+    """The same for this machine and the error itself."""
     absent = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
     return no_cupy(None if absent else brief(error), machine())
 
@@ -150,17 +166,21 @@ def several_cupys(on: Machine) -> Problem:
 
 
 def rocm(on: Machine) -> Problem:
-    return Problem("cupy_rocm", "this CuPy is built for ROCm, and the kernels for CUDA", on.install())
+    return Problem("cupy_rocm", "this CuPy is built for ROCm, and the kernels are written for CUDA", on.install())
+
+
+def old_cupy(version: str, on: Machine) -> Problem:
+    return Problem("cupy_old", f"CuPy {version} is too old: {OLDEST_CUPY} or newer is needed", on.install())
 
 
 def old_gpu(built_for: Version, on: Machine) -> Problem:
     oldest = dotted(min(on.capabilities))
-    what = f"CuPy is built for CUDA {dotted(built_for)}, whose compiler has no GPUs of compute capability {oldest}"
+    what = f"CuPy is built for CUDA {dotted(built_for)}, whose compiler does not support compute capability {oldest}"
     return Problem("gpu_old", what, on.install())
 
 
 def no_gpu(error: str | None, built_for: Version | None, on: Machine) -> Problem:
-    """CuPy is there, built for some CUDA, and finds no GPU."""
+    """CuPy, built for some CUDA, finds no GPU."""
     if on.cuda is None:
         return Problem(
             "driver_missing",
@@ -195,7 +215,7 @@ def no_toolkit(error: str, on: Machine) -> Problem:
 
 
 def lacks_toolkit(error: BaseException | str) -> bool:
-    """Whether that is why CuPy could not compile a kernel."""
+    """Whether a kernel failed to compile because CuPy finds no compiler or headers."""
     return bool(_NO_TOOLKIT.search(str(error)))
 
 
@@ -204,7 +224,7 @@ def no_torch(error: str) -> Problem:
 
 
 def threads(error: str) -> Problem:
-    return Problem("threads", error, "set it to how many threads a call on the CPU may use, or unset it")
+    return Problem("threads", error, "set it to the number of threads that a call on the CPU may use, or unset it")
 
 
 def self_test(kinds: str, error: str) -> Problem:

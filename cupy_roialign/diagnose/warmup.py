@@ -1,4 +1,4 @@
-"""`python -m cupy_roialign warmup`: compiles kernels before a program asks for them."""
+"""`python -m cupy_roialign warmup`: compiles the loops for the CPU and the kernels for a GPU ahead of their first use."""
 
 from __future__ import annotations
 
@@ -7,60 +7,70 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 
-from cupy_roialign import arrays, doctor, geometry, kernels, problems
-from cupy_roialign.geometry import Dialect, Rule
+from cupy_roialign import arrays, geometry, rule
+from cupy_roialign.cpu import backend as cpu_backend
+from cupy_roialign.diagnose import doctor, problems
+from cupy_roialign.gpu import kernels
 
 Instantiation = tuple[str, kernels.Types]
 
-DIALECTS = {
-    "crop_and_resize": (Dialect.CROP_AND_RESIZE,),
-    "roi_crop": (Dialect.ROI_CROP_CENTERS, Dialect.ROI_CROP_CORNERS),
-    "roi_align": (Dialect.ROI_ALIGN,),
-}
+RULES = {"crop_and_resize": rule.crop_and_resize, "roi_crop": rule.roi_crop, "roi_align": rule.roi_align}
+"""The rule of each operator."""
+
 ORDERS = {"contiguous": (False,), "channels-last": (True,), "both": (False, True)}
+"""`Types.channels_last` of each choice of memory orders."""
 
 DESCRIPTION = """\
-Compiles kernels for the current GPU and leaves them in CuPy's kernel cache, where later programs find them. Without
-options these are the kernels that most programs ask for: all operators and their gradients, on float32 and float16, in
-both orders of memory, with float32 boxes.
+Compiles what the first calls of a program would have to compile: the loops for the CPU if Numba is installed, and
+kernels for the current GPU if there is one, which stay in CuPy's kernel cache. Without options these are the kernels
+that most programs need: all operators and their gradients, for float32 and float16 features in both memory orders and
+float32 boxes. The options choose other kernels.
 
 CuPy finds a kernel again for the same compute capability and the same versions of CuPy, CUDA's compiler and this
-package. Set CUPY_CACHE_DIR to choose the folder, as to ship it in a container; CUDA_VISIBLE_DEVICES chooses the GPU.
+package. CUPY_CACHE_DIR chooses the folder, for example to ship it in a container; CUDA_VISIBLE_DEVICES chooses the GPU.
+
+Exit status: 1 if nothing could be compiled, otherwise 0.
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+
     def add(option: str, known: Iterable[str], default: list[str], about: str) -> None:
         names = list(known)
         about = f"{about} (of {', '.join(names)})"
         parser.add_argument(option, nargs="+", metavar="NAME", choices=names, default=default, help=about)
 
-    add("--operator", DIALECTS, [*DIALECTS], "all by default")
-    add("--dtype", kernels.CTYPES, ["float32", "float16"], "of features; float32 and float16 by default")
-    add("--box-dtype", ("float32", "float64"), ["float32"], "float32 by default")
-    parser.add_argument("--order", choices=ORDERS, default="both", help="of features in memory; both by default")
+    add("--operator", RULES, [*RULES], "all by default")
+    add("--dtype", kernels.CTYPES, ["float32", "float16"], "dtypes of features; float32 and float16 by default")
+    add("--box-dtype", ("float32", "float64"), ["float32"], "dtypes of boxes; float32 by default")
+    parser.add_argument("--order", choices=ORDERS, default="both", help="memory order of features; both by default")
     parser.add_argument("--inference", action="store_true", help="no gradients")
+    parser.add_argument("--double-backward", action="store_true", help="also gradients of gradients")
     parser.add_argument("--large", action="store_true", help="also for arrays of 2**31 elements and more")
-    parser.add_argument("--all", action="store_true", help="every kernel there is, whatever the other options say")
+    parser.add_argument("--all", action="store_true", help="every kernel, whatever the other options say")
 
 
 def chosen(options: argparse.Namespace) -> list[Instantiation]:
     """Which of `kernels.instantiations` the options mean."""
     if options.all:
         return kernels.instantiations()
-    rules = [Rule(dialect, (1, 1), (0, 1, 2, 3)) for operator in options.operator for dialect in DIALECTS[operator]]
+    rules = [RULES[operator]((1, 1)) for operator in options.operator]
+    skipped = set() if options.double_backward else {"forward_along"}
+    if options.inference:
+        skipped = set(kernels.KERNELS) - {"forward"}
 
     def wanted(name: str, types: kernels.Types) -> bool:
-        # The gradient to features is made in the dtype that gradients have: float32 for images of integers.
+        # The gradient of integer features is computed in float32.
         features = [arrays.output_name(f) for f in options.dtype] if name == "feature_gradient" else options.dtype
         return (
-            types.features in features
+            name not in skipped
+            and types.features in features
             and types.crops == arrays.output_name(types.features)
             and types.boxes in options.box_dtype
-            and any(types.positions == geometry.precision(rule, types.features, types.boxes) for rule in rules)
+            and any(types.positions == geometry.precision(r, types.features, types.boxes) for r in rules)
             and types.channels_last in ORDERS[options.order]
             and (options.large or not types.large)
-            and (name == "forward" or not options.inference)
         )
 
     return [(name, types) for name, types in kernels.instantiations() if wanted(name, types)]
@@ -68,36 +78,54 @@ def chosen(options: argparse.Namespace) -> list[Instantiation]:
 
 def run(options: argparse.Namespace) -> int:
     """Compiles; returns the exit status."""
+    compiled = [compile_loops(), compile_kernels(chosen(options))]
+    return int(not any(compiled))
+
+
+def compile_loops() -> bool:
+    """Compiles the loops for the CPU; whether that could be done."""
+    why_not = cpu_backend.not_compiled().rstrip(" .")
+    if why_not:
+        print(f"CPU loops: not compiled, because {why_not}", file=sys.stderr)
+        return False
+    print(f"CPU loops: ready in {cpu_backend.compile_ahead():.1f} s")
+    return True
+
+
+def compile_kernels(todo: list[Instantiation]) -> bool:
+    """Compiles kernels for the current GPU; whether that could be done."""
     problem = missing()
     if problem:
-        print(f"Nothing can be compiled here: {problem}", file=sys.stderr)
-        return 1
+        print(f"GPU kernels: not compiled, because {problem}", file=sys.stderr)
+        return False
     before, start = doctor.kernel_cache(), time.perf_counter()
     if before["in_memory"]:
-        print("CUPY_CACHE_IN_MEMORY is 1, so that CuPy keeps no kernel on disk; unset it", file=sys.stderr)
-        return 1
-    todo = chosen(options)
+        print(
+            "GPU kernels: not compiled, because CUPY_CACHE_IN_MEMORY is 1 and CuPy keeps no kernel on disk; unset it",
+            file=sys.stderr,
+        )
+        return False
     for name, types in _with_progress(todo):
         try:
             kernels.kernel(name, types)
         except Exception as error:
-            print(f"{name} for {types} cannot be compiled: {error}", file=sys.stderr)
-            return 1
+            print(f"GPU kernels: {name} for {types} cannot be compiled: {error}", file=sys.stderr)
+            return False
     after, seconds = doctor.kernel_cache(), time.perf_counter() - start
     print(
-        f"Kernels: {len(todo)}, new: {after['files'] - before['files']}, in {seconds:.1f} s\n"
+        f"GPU kernels: {len(todo)}, new: {after['files'] - before['files']}, in {seconds:.1f} s\n"
         f"CuPy's kernel cache: {after['folder']}, {after['files']} files, {after['bytes'] / 2**20:.1f} MiB"
     )
-    return 0
+    return True
 
 
 def missing() -> problems.Problem | None:
-    """What keeps CuPy from compiling for a GPU, as far as that can be told before."""
+    """What keeps CuPy from compiling for a GPU, as far as that is known before it tries."""
     on = problems.machine()
     try:
         import cupy
     except Exception as error:
-        if on.cuda is None:  # first things first
+        if on.cuda is None:  # without a driver CuPy would not help
             return problems.no_gpu(None, None, on)._replace(what="there is no NVIDIA driver")
         return problems.cupy_import_failed(error)
     return None if problems.finds_gpu(cupy) else problems.no_gpu_here()

@@ -1,8 +1,8 @@
 """The GPU: an operator and its two gradients, for arrays of any library that lie in a GPU's memory.
 
-What differs from library to library (CuPy, PyTorch) is in the methods that a subclass gives; all else is here. Work
-goes to the device of the arrays and to the library's current stream there. Nothing waits for the GPU, but where
-`checked` asks for it. Shapes and dtypes have been checked (validation.py).
+A subclass provides what differs between libraries (CuPy, PyTorch). Work is launched on the device of the arrays and on
+the library's current stream there. Nothing synchronizes with the GPU unless `checked` asks for it. Shapes and dtypes
+have been checked (validation.py).
 """
 
 from __future__ import annotations
@@ -14,23 +14,30 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_roialign import arrays, checks, geometry, kernels, validation
+from cupy_roialign import arrays, geometry, validation
+from cupy_roialign.gpu import arguments, index_checks, kernels
+from cupy_roialign.gpu.tiling import Tiling, Zones
+from cupy_roialign.rule import Rule
 
-MOST_BLOCKS = 2**31 - 1  # of a launch
+MOST_BLOCKS = 2**31 - 1
+"""Blocks per launch at most."""
+
+LARGE = 2**31
+"""Elements from which on offsets take 64 bits."""
 
 
 class _Work(NamedTuple):
-    """What the kernels of one call have in common."""
+    """What the launches of one call have in common."""
 
     types: kernels.Types
-    rule: geometry.Rule
-    views: Sequence[kernels.View]  # features or their gradient, crops or their gradient, boxes, batch indices
-    directions: Sequence[kernels.View]
-    owners: Any  # of their memory: what was converted must live until the kernels are launched
+    rule: Rule
+    views: Sequence[arguments.View]  # features or their gradient, crops or their gradient, boxes, batch indices
+    directions: Sequence[arguments.View]
+    owners: Any  # the arrays of the views: converted ones must live until the kernels are launched
 
 
 class GpuBackend(abc.ABC):
-    """The names and signatures of numpy_backend.py."""
+    """The names and signatures of cpu/backend.py."""
 
     # ---- a library's arrays ----
 
@@ -39,7 +46,7 @@ class GpuBackend(abc.ABC):
         """Within it, launches go to the array's device and the library's current stream there."""
 
     @abc.abstractmethod
-    def place(self, array: Any) -> tuple[int, tuple[int, ...]]:
+    def layout(self, array: Any) -> tuple[int, tuple[int, ...]]:
         """The address of the first element, and the strides in elements."""
 
     @abc.abstractmethod
@@ -61,7 +68,7 @@ class GpuBackend(abc.ABC):
     # ---- the operators ----
 
     def forward(
-        self, features: Any, boxes: Any, batch_indices: Any, rule: geometry.Rule, directions: Sequence[Any] = ()
+        self, features: Any, boxes: Any, batch_indices: Any, rule: Rule, directions: Sequence[Any] = ()
     ) -> Any:
         """(K, C, bins_y, bins_x) crops, in the memory order of `features`; NaN for a broken box.
 
@@ -73,8 +80,9 @@ class GpuBackend(abc.ABC):
             dtype = arrays.output_name(arrays.dtype_name(features))
             output = self._allocate((len(boxes), features.shape[1], *rule.bins), dtype, features, features)
             work = self._work(features, output, boxes, batch_indices, directions, rule)
-            tiling = kernels.Tiling.of(rule.bins, features.shape[1], work.types, len(boxes))
-            self._launch("forward", len(boxes) * tiling.blocks, work, tiling, output)
+            tiling = Tiling.of(rule.bins, features.shape[1], work.types, len(boxes))
+            name = "forward_along" if directions else "forward"
+            self._launch(name, len(boxes) * tiling.blocks, work, tiling, output)
             return output
 
     def feature_gradient(
@@ -83,23 +91,26 @@ class GpuBackend(abc.ABC):
         features: Any,
         boxes: Any,
         batch_indices: Any,
-        rule: geometry.Rule,
+        rule: Rule,
         directions: Sequence[Any] = (),
     ) -> Any:
-        """The gradient to the features, in their memory order; float32 where they are integers.
+        """The gradient with respect to the features, in their memory order; float32 where they are integers.
 
-        With `directions` that of the derivative of the crops along them. A block owns a part of it, and adds the boxes
-        that touch that part in their order: the same bits each time.
+        With `directions` that of the derivative of the crops along them. Each block owns a tile of it and adds the
+        boxes that touch the tile in their order, so results are bitwise reproducible.
         """
         with self.on(grad_output):
             dtype = arrays.output_name(arrays.dtype_name(features))
             gradient = self._allocate(tuple(features.shape), dtype, features, grad_output)
             grad = self._readable(grad_output, dtype)
             work = self._work(gradient, grad, boxes, batch_indices, directions, rule)
-            tiling = kernels.Tiling.of(tuple(features.shape[2:]), features.shape[1], work.types)
-            resolved = self.empty((len(boxes), work.types.resolved), "int64", grad_output)
-            self._launch("resolve_boxes", -(-len(boxes) // kernels.THREADS), work, tiling, gradient, resolved)
-            self._launch("feature_gradient", features.shape[0] * tiling.blocks, work, tiling, gradient, resolved)
+            images, size = features.shape[0], tuple(features.shape[2:])
+            tiling = Tiling.of(size, features.shape[1], work.types)
+            zones = Zones.of(images, size, tiling.tile)
+            nbytes = len(boxes) * work.types.box_bytes + zones.bytes(len(boxes))
+            resolved = self.empty((-(-nbytes // 8),), "int64", grad_output)  # aligned for 8 bytes
+            self._launch("resolve_boxes", -(-len(boxes) // kernels.THREADS), work, tiling, gradient, resolved, zones)
+            self._launch("feature_gradient", images * tiling.blocks, work, tiling, gradient, resolved, zones)
             return gradient
 
     def box_gradient(
@@ -108,10 +119,10 @@ class GpuBackend(abc.ABC):
         features: Any,
         boxes: Any,
         batch_indices: Any,
-        rule: geometry.Rule,
+        rule: Rule,
         directions: Sequence[Any] = (),
     ) -> Any:
-        """The gradient to the boxes, in their shape; NaN for a broken box, 0 in a batch index column.
+        """The gradient with respect to the boxes, in their shape; NaN for a broken box, 0 in a batch index column.
 
         With `directions` that of the derivative of the crops along them.
         """
@@ -120,10 +131,10 @@ class GpuBackend(abc.ABC):
             grad = self._readable(grad_output, arrays.dtype_name(features))
             gradient = self.empty(tuple(boxes.shape), kernels.box_name(arrays.dtype_name(boxes)), features)
             work = self._work(features, grad, boxes, batch_indices, directions, rule)
-            tiling = kernels.Tiling.of(rule.bins, features.shape[1], work.types, len(boxes))
-            shares = self.empty((len(boxes), tiling.blocks, kernels.SUMS), work.types.compute, features)
-            self._launch("box_gradient", len(boxes) * tiling.blocks, work, tiling, gradient, shares)
-            self._launch("box_gradient_sum", -(-len(boxes) // kernels.BOXES_A_BLOCK), work, tiling, gradient, shares)
+            tiling = Tiling.of(rule.bins, features.shape[1], work.types, len(boxes))
+            sums = self.empty((len(boxes), tiling.blocks, kernels.SUMS), work.types.compute, features)
+            self._launch("box_gradient", len(boxes) * tiling.blocks, work, tiling, gradient, sums)
+            self._launch("box_gradient_sum", -(-len(boxes) // kernels.BOXES_PER_BLOCK), work, tiling, gradient, sums)
             return self.cast(gradient, arrays.dtype_name(boxes))
 
     def _work(
@@ -133,10 +144,10 @@ class GpuBackend(abc.ABC):
         boxes: Any,
         batch_indices: Any,
         directions: Sequence[Any],
-        rule: geometry.Rule,
+        rule: Rule,
     ) -> _Work:
-        """In the dtypes that kernels read."""
-        if checks.wanted():
+        """The arrays in dtypes that kernels read."""
+        if index_checks.wanted():
             validation.whole_indices(self.host(batch_indices), planes.shape[0])
         box_dtype = kernels.box_name(arrays.dtype_name(boxes))
         if arrays.dtype_name(batch_indices) in arrays.FLOATS:
@@ -148,29 +159,38 @@ class GpuBackend(abc.ABC):
         return _Work(types_of(views[0], views[1], views[2], rule), rule, views, changes, (inputs, directions))
 
     def _launch(
-        self, name: str, blocks: int, work: _Work, tiling: kernels.Tiling, result: Any, workspace: Any = None
+        self,
+        name: str,
+        blocks: int,
+        work: _Work,
+        tiling: Tiling,
+        result: Any,
+        workspace: Any = None,
+        zones: Zones = Zones(),  # noqa: B008 (immutable)
     ) -> None:
         if blocks == 0:
             return
         views = [*work.views, self.view(result)]
-        pointer = 0 if workspace is None else self.place(workspace)[0]
+        pointer = 0 if workspace is None else self.layout(workspace)[0]
         kernel = kernels.kernel(name, work.types)
         for first in range(0, blocks, MOST_BLOCKS):
-            arguments = kernels.arguments(views, work.directions, work.rule, work.types, tiling, pointer, first)
-            kernel((min(MOST_BLOCKS, blocks - first),), (kernels.THREADS,), (arguments,))
+            packed = arguments.pack(
+                views, work.directions, work.rule, work.types, tiling, zones, workspace=pointer, first_block=first
+            )
+            kernel((min(MOST_BLOCKS, blocks - first),), (kernels.THREADS,), (packed,))
 
-    def view(self, array: Any) -> kernels.View:
-        """What a kernel reads an array as."""
+    def view(self, array: Any) -> arguments.View:
+        """An array as a kernel sees it."""
         name = arrays.dtype_name(array)
-        return kernels.View(*self.place(array), tuple(array.shape), "uint8" if name == "bool" else name)
+        return arguments.View(*self.layout(array), tuple(array.shape), "uint8" if name == "bool" else name)
 
     def _known(self, features: Any) -> Any:
-        """Features in a dtype that there are kernels for, and that computes the same."""
+        """Features in a dtype that kernels read and that gives the same results."""
         name = arrays.dtype_name(features)
         return features if name in (*kernels.CTYPES, "bool") else self.cast(features, "float32")
 
     def _readable(self, grad_output: Any, features: str) -> Any:
-        """The gradient in a dtype that there are kernels for: that of the output, or that which is computed in."""
+        """The gradient in a dtype that kernels read: that of the output, or that of the computation."""
         if arrays.dtype_name(grad_output) == arrays.output_name(features):
             return grad_output
         return self.cast(grad_output, arrays.compute_name(features))
@@ -183,9 +203,9 @@ class GpuBackend(abc.ABC):
         return self.moved(self.empty((count, height, width, channels), dtype, beside), (0, 3, 1, 2))
 
 
-def types_of(planes: kernels.View, crops: kernels.View, boxes: kernels.View, rule: geometry.Rule) -> kernels.Types:
-    """The instantiation for some arrays; one of `kernels.every_types`."""
-    large = max(planes.reach, crops.reach) >= kernels.LARGE
+def types_of(planes: arguments.View, crops: arguments.View, boxes: arguments.View, rule: Rule) -> kernels.Types:
+    """The types for some arrays; one of `kernels.every_types`."""
+    large = max(planes.last_offset, crops.last_offset) >= LARGE
     channels_last = arrays.is_channels_last(planes.shape, planes.strides)
     precision = geometry.precision(rule, planes.dtype, boxes.dtype)
     return kernels.Types(planes.dtype, crops.dtype, boxes.dtype, precision, large, channels_last)

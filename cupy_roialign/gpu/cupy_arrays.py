@@ -1,4 +1,4 @@
-"""CuPy arrays on the GPU: the names and signatures of numpy_backend.py."""
+"""CuPy arrays on the GPU: the names and signatures of cpu/backend.py."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 import cupy
 import numpy as np
 
-from cupy_roialign import gpu_backend
+from cupy_roialign.gpu.backend import GpuBackend
 
 
-class CupyBackend(gpu_backend.GpuBackend):
-    """Work goes to CuPy's current stream, memory comes from CuPy's pool."""
+class CupyBackend(GpuBackend):
+    """Work is launched on CuPy's current stream, and memory comes from CuPy's pool."""
 
     def on(self, array: Any) -> Any:
         return array.device
 
-    def place(self, array: Any) -> tuple[int, tuple[int, ...]]:
+    def layout(self, array: Any) -> tuple[int, tuple[int, ...]]:
         size = array.itemsize
         return array.data.ptr, tuple([stride // size for stride in array.strides])
 
@@ -38,8 +38,8 @@ def join(boxes: list[Any], like: Any) -> tuple[Any, Any]:
     with like.device:
         if not boxes:
             return cupy.zeros((0, 4), np.float32), cupy.zeros(0, np.int64)
-        # One by one: a copy from the host's memory would wait.
-        indices = [cupy.full(len(part), i, np.int64) for i, part in enumerate(boxes)]
+        # One by one: a copy from the host's memory would synchronize.
+        indices = [cupy.full(len(rows), i, np.int64) for i, rows in enumerate(boxes)]
         return cupy.concatenate(boxes), cupy.concatenate(indices)
 
 

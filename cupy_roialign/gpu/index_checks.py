@@ -1,4 +1,4 @@
-"""Whether the GPU's backend waits for the GPU to check what only the elements of arrays can tell."""
+"""Whether batch indices are checked on a GPU too, which synchronizes with it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ _checked = contextvars.ContextVar("cupy_roialign_checked", default=False)
 
 
 def wanted() -> bool:
+    """Whether indices are to be checked."""
     return _checked.get() or os.environ.get("CUPY_ROIALIGN_CHECK", "0") not in ("", "0")
 
 
 @contextlib.contextmanager
 def checked() -> Iterator[None]:
-    """Within it a batch index out of range raises IndexError on a GPU too, as it always does on the CPU.
+    """A context in which an out-of-range batch index raises IndexError on a GPU too, as it always does on the CPU.
 
-    Without it such a box has an output of NaN and adds to no gradient, because to look for it is to wait for the
-    GPU. ``CUPY_ROIALIGN_CHECK=1`` in the environment does the same for a whole program.
+    Otherwise the crop of such a box is NaN and the box contributes to no gradient, because checking would force a
+    synchronization with the GPU. ``CUPY_ROIALIGN_CHECK=1`` in the environment does the same for a whole program.
 
     >>> import cupy_roialign as cr
     >>> with cr.checked():
-    ...     pass  # calls on CuPy arrays
+    ...     pass  # calls on CuPy arrays or CUDA tensors
     """
     token = _checked.set(True)
     try:

@@ -1,7 +1,7 @@
 """A stand-in for CuPy on a machine without a GPU: arrays in host memory, kernels compiled by g++ and run by fibers.
 
-`installed()` puts it in CuPy's place, so that cupy_backend.py, launch code and all, and the kernels in cuda/ run as
-they are. It is strict where a GPU is not; see `device` and host.h.
+`installed()` puts it in CuPy's place, so that gpu/ with its launch code and the kernels in cuda/ run unchanged. It is
+strict where a GPU is not; see `device` and host.h.
 
     python -m tests.emulate SCRIPT [ARGS]     runs a script that imports cupy with it
 """
@@ -14,14 +14,14 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType
 
-_modules: dict[str, ModuleType] = {}  # those that know the stand-in as cupy, while it is not in place
-_OF_CUPY = ("cupy", "cupy.cuda", "cupy_roialign.cupy_backend")
+_modules: dict[str, ModuleType] = {}  # modules that have imported the stand-in as cupy, while it is not in place
+_OF_CUPY = ("cupy", "cupy.cuda", "cupy_roialign.gpu.cupy_arrays")
 
 
 @contextlib.contextmanager
 def installed() -> Iterator[ModuleType]:
     """Within it `import cupy` gives the stand-in; a CuPy that is there comes back afterwards."""
-    from cupy_roialign import kernels
+    from cupy_roialign.gpu import kernels
     from tests.emulate import device
 
     if sys.modules.get("cupy") is device:
@@ -39,19 +39,19 @@ def installed() -> Iterator[ModuleType]:
 
 def _swap(modules: dict[str, ModuleType]) -> dict[str, ModuleType]:
     """Puts these in place of those that it returns."""
-    import cupy_roialign
+    from cupy_roialign import gpu
 
     others = {name: sys.modules.pop(name) for name in _OF_CUPY if name in sys.modules}
     sys.modules.update(modules)
-    vars(cupy_roialign).pop("cupy_backend", None)
-    if backend := modules.get("cupy_roialign.cupy_backend"):
-        vars(cupy_roialign)["cupy_backend"] = backend
+    vars(gpu).pop("cupy_arrays", None)
+    if backend := modules.get("cupy_roialign.gpu.cupy_arrays"):
+        vars(gpu)["cupy_arrays"] = backend
     return others
 
 
 @functools.cache
 def _kernel(name: str, types: tuple[object, ...]) -> object:
-    from cupy_roialign import kernels
+    from cupy_roialign.gpu import kernels
     from tests.emulate import device
 
     return device.RawKernel(kernels.source(name, kernels.Types(*types)), name)

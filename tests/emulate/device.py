@@ -24,8 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from cupy_roialign import kernels
+from cupy_roialign.gpu import kernels
 
+DEVICES = 2
 seed = 0
 guard = "back"
 launches: list[dict[str, Any]] = []
@@ -66,7 +67,7 @@ def _guarded(nbytes: int) -> np.ndarray:
 
 
 class _Pointer:
-    """A place in an array's memory."""
+    """An address in an array's memory."""
 
     def __init__(self, array: np.ndarray, offset: int, number: int):
         self.memory, self.offset, self.number = array, offset, number
@@ -243,18 +244,22 @@ def __getattr__(name: str) -> Any:
 
 
 class _Current(threading.local):
-    """What `with` has made current, in each thread for itself."""
+    """The current device, and the current stream of each device; every thread has its own."""
 
     def __init__(self) -> None:
         self.device = 0
-        self.streams = [0]
+        self.streams = {number: [0] for number in range(DEVICES)}
+
+    @property
+    def stream(self) -> int:
+        return self.streams[self.device][-1]
 
 
 _current = _Current()
 
 
 class _Device:
-    """One of two devices; `with` makes it the current one."""
+    """One of DEVICES; `with` makes it the current one."""
 
     def __init__(self, number: int | None = None):
         self.id = _current.device if number is None else number
@@ -276,11 +281,14 @@ class _Device:
 
 
 class _Stream:
+    """A stream of the device that was current when it was made; `with` makes it that device's current one."""
+
     _made = 0
 
     def __init__(self, non_blocking: bool = False):
         _Stream._made += 1
-        self.ptr = 4096 * _Stream._made
+        self.ptr, self.device_id = 4096 * _Stream._made, _current.device
+        self._entered: list[int] = []
 
     @classmethod
     def from_external(cls, other: Any) -> _ExternalStream:
@@ -290,11 +298,14 @@ class _Stream:
         return _ExternalStream(pointer)
 
     def __enter__(self) -> _Stream:
-        _current.streams.append(self.ptr)
+        if self.device_id not in (-1, _current.device):
+            raise RuntimeError(f"a stream of device {self.device_id} entered on device {_current.device}")
+        self._entered.append(_current.device)
+        _current.streams[_current.device].append(self.ptr)
         return self
 
     def __exit__(self, *error: object) -> None:
-        _current.streams.pop()
+        _current.streams[self._entered.pop()].pop()
 
     def synchronize(self) -> None:
         pass
@@ -312,13 +323,14 @@ class _Event:
 
 class _ExternalStream(_Stream):
     def __init__(self, ptr: int, device_id: int = -1):
-        self.ptr = ptr
+        self.ptr, self.device_id = ptr, device_id
+        self._entered = []
 
 
 cuda = types.ModuleType("cupy.cuda")
 cuda.Device, cuda.Stream, cuda.ExternalStream = _Device, _Stream, _ExternalStream  # type: ignore[attr-defined]
 cuda.Event = _Event  # type: ignore[attr-defined]
-cuda.get_current_stream = lambda: _ExternalStream(_current.streams[-1])  # type: ignore[attr-defined]
+cuda.get_current_stream = lambda: _ExternalStream(_current.stream)  # type: ignore[attr-defined]
 cuda.get_elapsed_time = lambda start, stop: 1e3 * (stop.time - start.time)  # type: ignore[attr-defined]
 cuda.is_available = lambda: True  # type: ignore[attr-defined]
 
@@ -364,7 +376,7 @@ class RawKernel:
 
     def __init__(self, code: str, name: str, options: tuple[str, ...] = ()):
         self.name = name
-        host = code.replace(kernels.read("device.cuh"), HOST.read_text())
+        host = code.replace(kernels.read("device.cuh"), HOST.read_text(encoding="utf-8"))
         if host == code:
             raise RuntimeError("the source does not begin with device.cuh")
         # One library for all kernels of a source: to make one takes a second.
@@ -388,7 +400,7 @@ class RawKernel:
         (arguments,) = args
         if not isinstance(arguments, np.ndarray) or arguments.shape != () or arguments.nbytes != self._bytes:
             raise TypeError(f"{self.name}: its argument is one structure of {self._bytes} bytes; got {arguments!r}")
-        launch = {"kernel": self.name, "device": _current.device, "stream": _current.streams[-1], "blocks": grid[0]}
+        launch = {"kernel": self.name, "device": _current.device, "stream": _current.stream, "blocks": grid[0]}
         with _running:
             launches.append(launch)
             problem = self._emulate(arguments.ctypes.data, grid[0], block[0], seed)

@@ -48,6 +48,8 @@ DEVICE double convert(float a, double) { return a; }
 DEVICE double convert(double a, double) { return a; }
 DEVICE double __longlong_as_double(long long bits) { double v; memcpy(&v, &bits, 8); return v; }
 DEVICE float __uint_as_float(unsigned bits) { float v; memcpy(&v, &bits, 4); return v; }
+DEVICE int __popc(unsigned bits) { return __builtin_popcount(bits); }
+DEVICE int __ffs(unsigned bits) { return __builtin_ffs((int)bits); }
 DEVICE unsigned __float_as_uint(float v) { unsigned bits; memcpy(&bits, &v, 4); return bits; }
 
 struct Half { unsigned short bits; };

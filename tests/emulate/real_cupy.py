@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from cupy_roialign import kernels
+from cupy_roialign.gpu import arguments as gpu_arguments
+from cupy_roialign.gpu import kernels
 from tests.emulate import device
 
 CAPABILITY = 90
@@ -82,7 +83,7 @@ def _load_nvrtc() -> None:
 
 def _replace(binary: Path, library: ctypes.CDLL) -> None:
     """Puts a jump to `library` where each function of the CUDA runtime in a loaded binary begins."""
-    maps = Path("/proc/self/maps").read_text().splitlines()
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     base = min(int(line.partition("-")[0], 16) for line in maps if line.endswith(str(binary.resolve())))
     listed = subprocess.run(["nm", binary], check=True, capture_output=True, text=True).stdout
     page = os.sysconf("SC_PAGE_SIZE")
@@ -168,8 +169,8 @@ def _launch(function: int, sizes: Any, arguments: Any) -> None:
     grid, block = tuple(sizes[:3]), tuple(sizes[3:6])
     if (grid[1:], block[1:]) != ((1, 1), (1, 1)):
         raise ValueError(f"{name}: grid and block must have one dimension; got {grid} and {block}")
-    memory = (ctypes.c_char * kernels.ARGUMENTS.itemsize).from_address(arguments[0])
-    _emulated(text, name)(grid[:1], block[:1], (np.ndarray((), kernels.ARGUMENTS, memory),))
+    memory = (ctypes.c_char * gpu_arguments.ARGUMENTS.itemsize).from_address(arguments[0])
+    _emulated(text, name)(grid[:1], block[:1], (np.ndarray((), gpu_arguments.ARGUMENTS, memory),))
 
 
 _kernels: dict[tuple[str, str], device.RawKernel] = {}

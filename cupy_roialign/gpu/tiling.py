@@ -1,0 +1,66 @@
+"""How the work of a launch is divided among blocks, and how the gradient of the features finds the boxes of a tile."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+from cupy_roialign.gpu import kernels
+
+FEW_BINS = 8
+"""The longest side of a tile where there are channels enough to fill a block."""
+
+MANY_BLOCKS = 2048
+"""Blocks that keep any GPU busy: several times as many as it runs at a time."""
+
+MOST_ZONES = 64
+"""Zones per axis at most, which bounds the bits per box that mark them."""
+
+WORD = 32
+"""Boxes per word of marks; the kernels' WORD."""
+
+
+class Tiling(NamedTuple):
+    """How the work on an item (a box, or an image) is divided among blocks."""
+
+    tile: tuple[int, int]  # of bins or pixels, along y and x
+    channels: int  # per block; a multiple of `Types.lanes`, even where there are fewer
+    blocks: int  # per item
+
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def of(cls, size: tuple[int, ...], channels: int, types: kernels.Types, items: int | None = None) -> Tiling:
+        """For items of a size, in bins or pixels.
+
+        A block takes as many spots as its threads hold sums for. With a number of `items` it takes several times as
+        many, in rounds, where that leaves enough blocks.
+        """
+        groups, room = -(-channels // types.lanes), kernels.THREADS * types.spots
+        limit = FEW_BINS if groups * FEW_BINS**2 >= room else kernels.MOST_TILE
+        cuts = [max(1, -(-n // limit)) for n in size]
+        tile = tuple(-(-n // cut) for n, cut in zip(size, cuts, strict=True))
+        at_once = max(1, min(groups, room // max(1, math.prod(tile))))
+        if items is not None:
+            rounds = max(1, -(-groups // at_once))
+            at_once *= -(-rounds // max(1, -(-MANY_BLOCKS // max(1, items * math.prod(cuts)))))
+        return cls((tile[0], tile[1]), at_once * types.lanes, math.prod(cuts) * -(-groups // at_once))
+
+
+class Zones(NamedTuple):
+    """Groups of tiles for which boxes are marked: of neighbouring rows, of neighbouring columns, and of images."""
+
+    counts: tuple[int, int, int] = (0, 0, 0)  # zones along y, along x, and of images
+    pixels: tuple[int, int] = (0, 0)  # per zone, along y and x: a multiple of the tile's
+
+    @classmethod
+    def of(cls, images: int, size: tuple[int, ...], tile: tuple[int, int]) -> Zones:
+        """For images of a size in pixels, divided into tiles."""
+        tiles = [-(-n // max(1, side)) for n, side in zip(size, tile, strict=True)]
+        pixels = [side * max(1, -(-count // MOST_ZONES)) for side, count in zip(tile, tiles, strict=True)]
+        y, x = (-(-n // max(1, width)) for n, width in zip(size, pixels, strict=True))
+        return cls((y, x, min(images, MOST_ZONES)), (pixels[0], pixels[1]))
+
+    def bytes(self, boxes: int) -> int:
+        """Bytes of the marks of so many boxes."""
+        return 4 * sum(self.counts) * -(-boxes // WORD)
