@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; say which: make $@ PYTHON=python3.12")'
+CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; name one: make ... PYTHON=python3.12")'
 
 .DEFAULT_GOAL := help
 .PHONY: help demo notebooks test test-gpu check bench bench-peers docs pictures clean
@@ -22,7 +22,7 @@ demo: $(DEMO)/.ready ## crop a photo in every dialect and save the picture; has 
 
 # The demo runs without Numba, too: a Python that Numba does not support yet is no reason to fail.
 $(DEMO)/.ready: setup.cfg pyproject.toml
-	$(CHECK_PYTHON)
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv --clear $(DEMO)
 	$(DEMO_PIP) -e '.[examples,cpu]' || $(DEMO_PIP) -e '.[examples]'
 	@touch $@
@@ -78,7 +78,7 @@ clean: ## remove what the other targets made
 
 # torch comes first: a package that wants any torch then leaves this one in place.
 $(READY): setup.cfg pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; say which: make test PYTHON=python3.12")'
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
