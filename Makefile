@@ -6,6 +6,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; name one: make ... PYTHON=python3.12")'
 
 .DEFAULT_GOAL := help
 .PHONY: help demo notebooks test test-gpu check bench bench-peers docs pictures clean
@@ -13,8 +14,18 @@ READY := $(VENV)/.ready
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(READY) ## crop a real photo in every dialect, write the picture, say what was done
-	@$(BIN)/python examples/crops.py
+DEMO := .venv-demo
+DEMO_PIP := $(DEMO)/bin/python -m pip --disable-pip-version-check install --quiet
+
+demo: $(DEMO)/.ready ## crop a photo in every dialect and save the picture; has a small environment of its own, without torch
+	@$(DEMO)/bin/python examples/crops.py
+
+# The demo runs without Numba, too: a Python that Numba does not support yet is no reason to fail.
+$(DEMO)/.ready: setup.cfg pyproject.toml
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv --clear $(DEMO)
+	$(DEMO_PIP) -e '.[examples,cpu]' || $(DEMO_PIP) -e '.[examples]'
+	@touch $@
 
 notebooks: $(READY) ## run the notebooks in examples/ and keep their outputs
 	@$(BIN)/python -m tests.notebooks
@@ -62,12 +73,12 @@ test-gpu: ## with a GPU, and CuPy, torch and pytest in $(PYTHON): tests, compute
 	$(PYTHON) -m benchmarks.gpu --out $(RESULTS)
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) $(BENCH) .nox build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(DEMO) $(BENCH) .nox build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first: a package that wants any torch then leaves this one in place.
 $(READY): setup.cfg pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed; say which: make test PYTHON=python3.12")'
+	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet '$(TORCH)'

@@ -1,6 +1,6 @@
 """What was measured, as JSON, on the screen, and as tables.
 
-python -m benchmarks.report    # brings README (one thread) and benchmarks/README up to date with results/cpu.json
+python -m benchmarks.report    # brings docs/speed (one thread) and benchmarks/README up to date with results/cpu.json
 """
 
 import json
@@ -67,7 +67,7 @@ def _rounded(value):
 BEGIN, END = "<!-- times: made by python -m benchmarks.report -->", "<!-- end of times -->"
 
 
-PAGES = {"README.md": lambda threads: threads == 1, "benchmarks/README.md": lambda threads: threads > 1}
+PAGES = {"docs/speed.md": lambda threads: threads == 1, "benchmarks/README.md": lambda threads: threads > 1}
 """Which tables stand where."""
 
 

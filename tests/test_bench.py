@@ -311,5 +311,5 @@ def test_overhead_is_what_is_said_and_promised():
         found += [min(over), max(over)]
     assert found[1] <= 60
     said = r"took (\d+) to (\d+) µs more than the same on arrays, and (\d+) to (\d+) µs where autograd records"
-    (numbers,) = re.findall(said, " ".join((ROOT / "README.md").read_text().split()))
+    (numbers,) = re.findall(said, " ".join((ROOT / "docs/pytorch.md").read_text().split()))
     assert [*map(int, numbers)] == found
