@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cupy_roialign as cr
-from cupy_roialign import numpy_backend
+from cupy_roialign.cpu import backend, plain
 from tests import emulate
 
 try:
@@ -18,32 +18,35 @@ except ImportError:  # NumPy has none of its own, and a machine with a GPU need 
 
 
 class NumpyBackend:
-    """Calls with NumPy arrays in and out; a test written for this runs on any backend.
+    """Calls with NumPy arrays in and out, one of the two ways of the CPU; a test for this runs on any backend."""
 
-    All boxes are worked on in one of the two ways that the CPU has, whatever would be the faster one.
-    """
+    def __init__(self, name):
+        self.name = name
+        if name == "compiled":
+            pytest.importorskip("numba")
 
-    def __init__(self, sparse):
-        self.name = "numpy-sparse" if sparse else "numpy"
-        self.sparse = sparse
-        if sparse:
-            pytest.importorskip("scipy")
+    def way(self):
+        """Within it all calls on the CPU take this way."""
+        return way(self.name)
 
-    def vjp(self, *args, **kwargs):
+    def vjp(self, operator, features, boxes, *args, cotangent=None, **kwargs):
+        """Output, gradient to the features and to the boxes (None without a cotangent)."""
         with self.way():
-            return self._vjp(*args, **kwargs)
+            output, pullback = cr.vjp(operator, features, boxes, *args, **kwargs)
+            return (output, *(pullback(cotangent) if cotangent is not None else (None, None)))
 
     def __call__(self, operator, *args, **kwargs):
         with self.way():
             return operator(*args, **kwargs)
 
-    def way(self):
-        return unittest.mock.patch.object(numpy_backend, "SPARSE", self.sparse)
 
-    def _vjp(self, operator, features, boxes, *args, cotangent=None, **kwargs):
-        """Output, gradient to the features and to the boxes (None without a cotangent)."""
-        output, pullback = cr.vjp(operator, features, boxes, *args, **kwargs)
-        return (output, *(pullback(cotangent) if cotangent is not None else (None, None)))
+def way(name):
+    """Calls on the CPU take the plain or the compiled way."""
+    if name == "compiled":
+        from cupy_roialign.cpu import compiled as module
+    else:
+        module = plain
+    return unittest.mock.patch.object(backend, "_way", lambda: module)
 
 
 class ElsewhereBackend:
@@ -183,7 +186,7 @@ class EmulatedTorchBackend(TorchBackend):
     @contextlib.contextmanager
     def device(self, stream=lambda: 0):
         """Torch's current stream is what `stream` gives, called in the thread that asks."""
-        from cupy_roialign import tensors
+        from cupy_roialign.torch import tensors
 
         with emulate.installed(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(tensors, "on_cpu", lambda tensor: False)

@@ -6,7 +6,7 @@ import os
 import hypothesis
 import pytest
 
-from cupy_roialign import problems
+from cupy_roialign.diagnose import problems
 from tests import backends, emulate
 from tests.emulate import device
 
@@ -73,7 +73,7 @@ def begun(request):
 
 
 @pytest.fixture(
-    params=["numpy", "numpy-sparse", "torch", "emulated", "emulated-torch", on_gpu("cupy"), on_gpu("cuda-torch")],
+    params=["plain", "compiled", "torch", "emulated", "emulated-torch", on_gpu("cupy"), on_gpu("cuda-torch")],
     scope="session",
 )
 def backend(request):
@@ -89,7 +89,16 @@ def backend(request):
     if request.param == "cuda-torch":
         _need_cuda_torch()
         return backends.CudaTorchBackend()
-    return backends.TorchBackend() if request.param == "torch" else backends.NumpyBackend("sparse" in request.param)
+    return backends.TorchBackend() if request.param == "torch" else backends.NumpyBackend(request.param)
+
+
+@pytest.fixture(params=["plain", "compiled"])
+def way(request):
+    """The two ways of the CPU: all calls of the test take one of them."""
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+    with backends.way(request.param):
+        yield request.param
 
 
 @pytest.fixture

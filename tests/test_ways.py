@@ -1,199 +1,399 @@
-"""The two ways to work on boxes on the CPU: the same numbers, each as exact, and within the same memory."""
+"""The two ways of the CPU, plain and compiled: which is taken, the same numbers, and what must not spread."""
 
+import itertools
+import os
+import subprocess
+import sys
 import unittest.mock
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import cupy_roialign as cr
-from cupy_roialign import numpy_backend, numpy_dense, numpy_job, numpy_sparse
-from cupy_roialign.geometry import Dialect, Rule
-from tests import tolerance
-from tests.test_cost import MIB, X1_Y1_X2_Y2, peak
-from tests.test_oracle import lay_out
+from cupy_roialign import geometry, rule
+from cupy_roialign.cpu import backend, plain, threads, weights
+from tests import backends, tolerance
+from tests.positions import RULES, adversarial_boxes, expected_positions
+from tests.test_oracle import ORDERS, lay_out
 
-pytest.importorskip("scipy")
+numba = pytest.importorskip("numba", reason="the compiled way needs Numba")
+from numba.extending import register_jitable  # noqa: E402
+
+from cupy_roialign.cpu import compiled, loops  # noqa: E402
 
 
-def crowd():
-    """Boxes that share a window, of which the first alone touches its first pixel."""
+def crowd(channels=32):
+    """Boxes that share a part of the image, of which the first alone touches its first pixel."""
     rng = np.random.default_rng(0)
-    features = rng.standard_normal((1, 32, 100, 100)).astype(np.float32)
+    features = rng.standard_normal((1, channels, 100, 100)).astype(np.float32)
     low = rng.uniform(5, 70, (40, 2))
     boxes = np.concatenate([low, low + 25], axis=1).astype(np.float32)
     boxes[0] = -1, -1, 30, 30
-    grad = rng.standard_normal((40, 32, 7, 7)).astype(np.float32)
-    return features, boxes, np.zeros(40, np.int64), grad, Rule(Dialect.ROI_ALIGN, (7, 7), X1_Y1_X2_Y2, 1.0, 2, True)
+    grad = rng.standard_normal((40, channels, 7, 7)).astype(np.float32)
+    return features, boxes, np.zeros(40, np.int64), grad, rule.roi_align((7, 7), 1.0, 2, True)
 
 
-@pytest.fixture(params=["lines", "bands"])
-def _slopes(request, monkeypatch):
-    """Both ways to the gradient to boxes."""
-    monkeypatch.setattr(numpy_dense, "MANY_CHANNELS", 1 if request.param == "bands" else 2**60)
+CASES = {
+    "roi_align": rule.roi_align((4, 5), 0.5, 2, True),
+    "roi_align, adaptive": rule.roi_align((2, 3), 1.0, 0, False),
+    "roi_align, many bins": rule.roi_align((40, 33), 1.0, 1, True),
+    "roi_align, many samples": rule.roi_align((2, 1), 1.0, 40, True),
+    "roi_crop": rule.roi_crop((4, 5), True, 3.0),
+    "roi_crop, corners": rule.roi_crop((1, 5), False),
+    "crop_and_resize": rule.crop_and_resize((4, 1), False, 3.0),
+    "nearest": rule.crop_and_resize((4, 3), True, 1.5),
+}
 
 
-def sparse_and_dense(function):
+@given(
+    name=st.sampled_from(list(CASES)),
+    channels=st.sampled_from([1, 3, 7, 8, 20, 40]),
+    dtype=st.sampled_from(["float32", "float64", "float16", "uint8", "int16"]),
+    order=st.sampled_from(ORDERS),
+    grad_order=st.sampled_from([*ORDERS, "the same everywhere"]),
+    odd=st.sampled_from([None, None, np.nan, np.inf]),
+    directions=st.integers(0, 2),
+    workspace=st.sampled_from([weights.WORKSPACE, 20_000, 2_000]),
+    seed=st.integers(0, 2**16),
+)
+def test_the_same_numbers(name, channels, dtype, order, grad_order, odd, directions, workspace, seed):
+    """Whatever the order in memory, and however little memory the parts may take."""
+    rng, case = np.random.default_rng(seed), CASES[name]
+    features = (rng.standard_normal((2, channels, 23, 31)) * 3 + 100 * (seed % 2)).astype(dtype)
+    grad = rng.standard_normal((6, channels, *case.bins)).astype("float64" if dtype == "float64" else "float32")
+    for array in (features, grad):
+        if odd is not None and array.dtype.kind == "f":
+            array[tuple(rng.integers(0, n) for n in array.shape)] = odd
+    boxes = rng.uniform(-5, 35, (6, 4))
+    boxes = np.round(boxes) if seed % 3 == 0 else boxes  # samples on pixel centers
+    boxes[0] = rng.choice([1e30, -1e30, np.nan, 1e5, 3], 4)
+    boxes /= 25 if case.frame == rule.Frame.NORMALIZED else 1
+    indices, along = rng.integers(0, 2, 6), list(rng.standard_normal((directions, 6, 4)))
+    features = lay_out(features, order)
+    grad = np.broadcast_to(grad[0, 0, 0, 0], grad.shape) if grad_order not in ORDERS else lay_out(grad, grad_order)
+    at = (boxes, indices, case, along)
     results = []
-    for sparse in (True, False):
-        with unittest.mock.patch.object(numpy_backend, "SPARSE", sparse):
-            results.append(function())
-    return results
+    with unittest.mock.patch.object(weights, "WORKSPACE", workspace):
+        for way in ("plain", "compiled"):
+            with backends.way(way):
+                results.append(
+                    [
+                        backend.forward(features, *at),
+                        backend.feature_gradient(grad, features, *at),
+                        backend.box_gradient(grad, features, *at),
+                    ]
+                )
+    wide = "float64" if dtype == "float64" else "float32"
+    names = (results[0][0].dtype.name, results[0][1].dtype.name, wide)
+    for kind, precision, a, b in zip(("OUTPUT", "GRADIENT", "GRADIENT"), names, *results, strict=True):
+        assert a.dtype == b.dtype
+        if odd is not None:  # what infinity becomes on its way, another infinity or NaN, follows the order of sums
+            a, b = (np.where(np.isfinite(array), array, np.nan) for array in (a, b))
+        scale = max(1.0, float(np.nanmax(np.abs(a.astype(np.float64)), initial=0)), 100.0 * (seed % 2))
+        limit = getattr(tolerance, kind)[precision]
+        tolerance.assert_close(a / scale, b / scale, 30 * limit if directions or a.shape == boxes.shape else 3 * limit)
+
+
+register_jitable(geometry.edge_slopes)
+
+
+@loops.loop
+def twin(spec, low, high, bins, size, found):
+    """What `positions.expected_positions` gives of one axis, box by box."""
+    real = loops.type_of(low[0])
+    for k in range(len(low)):
+        start, step, samples = geometry.affine(spec, low[k], high[k], bins, size, real)
+        origin = geometry.origin(start, step, k % bins, real)
+        found[k, 0], found[k, 1], found[k, 2] = start, step, samples
+        if samples > geometry.EVERY_SAMPLE:
+            found[k, 3], found[k, 4] = geometry.candidates(start, step, samples, origin, size, real)
+        if samples > 0:
+            found[k, 5] = position = geometry.position(spec, origin, step, samples, k % samples, real)
+            found[k, 6] = geometry.inside(spec, position, size)
+            if found[k, 6]:
+                found[k, 7], found[k, 8], found[k, 9] = geometry.taps(spec, position, size, real)
+        found[k, 10], found[k, 11], found[k, 12] = geometry.edge_slopes(spec, low[k], high[k], bins, size, real)
+
+
+@pytest.mark.parametrize("size", [(33, 41), (1, 2)])
+@pytest.mark.parametrize("real", [np.float32, np.float64])
+def test_positions_are_the_same_to_the_bit(real, size):
+    """geometry.py compiled for numbers against geometry.py on arrays: a million boxes and more, over all rules."""
+    for case in RULES:
+        boxes = adversarial_boxes(case, 20_000, real, size)
+        boxes = boxes[np.isfinite(boxes).all(axis=1)]
+        expected = expected_positions(case, boxes, size)
+        for axis in range(2):
+            low, high = (np.ascontiguousarray(boxes[:, case.columns[axis + end]]) for end in (0, 2))
+            found = np.zeros_like(expected[:, axis])
+            twin(compiled._spec(case), low, high, case.bins[axis], size[axis], found)
+            np.testing.assert_array_equal(found, expected[:, axis])
+
+
+def test_rows_are_the_same_to_the_bit():
+    rng = np.random.default_rng(3)
+    low = rng.uniform(-20, 60, 500)
+    high = low + rng.choice([-1, 1], 500) * np.exp(rng.uniform(-3, 12, 500))
+    for case, real in itertools.product(CASES.values(), (np.float32, np.float64)):
+        unit = 40 if case.frame == rule.Frame.NORMALIZED else 1
+        edges = (low / unit).astype(real), (high / unit).astype(real)
+        for slopes in (False, True):
+            arguments = (case, *edges, case.bins[0], 41, slopes, np.dtype(np.float64))
+            with np.errstate(all="ignore"):
+                expected, actual = weights.rows(*arguments), compiled.rows(*arguments)
+            np.testing.assert_array_equal(actual.begin, expected.begin)
+            np.testing.assert_array_equal(actual.extent, expected.extent)
+            row = np.repeat(np.arange(len(expected.begin) - 1), np.diff(expected.begin))
+            order = np.argsort(row * 41 + actual.pixel)  # within a bin in the order in which the box goes
+            np.testing.assert_array_equal(actual.pixel[order], expected.pixel)
+            for name in ("value", "to_start", "to_step")[: 3 if slopes else 1]:
+                np.testing.assert_array_equal(getattr(actual, name)[order], getattr(expected, name))
+
+
+# ---- what a box's result depends on ----
+
+
+@pytest.mark.parametrize("order", ["contiguous", "channels-last", "sliced"])
+@pytest.mark.parametrize("channels", [3, 40])
+def test_bits_do_not_depend_on_the_company(channels, order, way):
+    """A box alone, beside itself, and among others: the same crop and the same box gradient, to the bit."""
+    features, boxes, indices, grad, case = crowd(channels)
+    features = lay_out(features, order)
+    whole = backend.forward(features, boxes, indices, case)
+    gradient = backend.box_gradient(grad, features, boxes, indices, case)
+    for some in (slice(0, 1), slice(7, 8), slice(3, 20)):
+        at = (boxes[some], indices[some], case)
+        np.testing.assert_array_equal(backend.forward(features, *at), whole[some])
+        np.testing.assert_array_equal(backend.box_gradient(grad[some], features, *at), gradient[some])
+    for count in (1, 32, 64):
+        q, at = boxes[7:8].repeat(count, 0), np.zeros(count, np.int64)
+        np.testing.assert_array_equal(backend.forward(features, q, at, case)[0], whole[7])
+
+
+@pytest.mark.parametrize("order", ["contiguous", "channels-last", "sliced"])
+@pytest.mark.parametrize("channels", [3, 40])
+def test_bits_do_not_depend_on_the_number_of_threads(channels, order, way, monkeypatch):
+    monkeypatch.setattr(threads, "WORTH_IT", 0)
+    features, boxes, indices, grad, case = crowd(channels)
+    features, along = lay_out(features, order), [np.random.default_rng(1).standard_normal(boxes.shape)]
+    at = (boxes, indices, case)
+    calls = [
+        lambda: backend.forward(features, *at),
+        lambda: backend.forward(features, *at, along),
+        lambda: backend.feature_gradient(grad, features, *at),
+        lambda: backend.box_gradient(grad, features, *at),
+    ]
+    try:
+        for call in calls:
+            cr.set_num_threads(1)
+            expected = call()
+            for count in (2, 7):
+                cr.set_num_threads(count)
+                np.testing.assert_array_equal(call(), expected)
+    finally:
+        cr.set_num_threads(None)
 
 
 @pytest.mark.parametrize("value", [1e4, -1e9, 3e38, np.nan])
-@pytest.mark.usefixtures("_slopes")
-def test_a_pixel_leaves_the_gradients_of_boxes_alone_that_do_not_touch_it(value):
-    features, boxes, indices, grad, rule = crowd()
-    expected = numpy_backend.box_gradient(grad, features, boxes, indices, rule)[1:]
+def test_a_pixel_leaves_the_gradients_of_boxes_alone_that_do_not_touch_it(value, way):
+    features, boxes, indices, grad, case = crowd()
+    expected = backend.box_gradient(grad, features, boxes, indices, case)[1:]
     features[:, :, 0, 0] = value
-    actual = numpy_backend.box_gradient(grad, features, boxes, indices, rule)[1:]
-    scale = np.abs(expected).max()
-    tolerance.assert_close(actual / scale, expected / scale, tolerance.GRADIENT["float32"])
+    actual = backend.box_gradient(grad, features, boxes, indices, case)[1:]
+    np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("value", [1e4, -1e9, 3e38, np.nan])
-def test_a_pixel_leaves_the_derivatives_of_crops_alone_that_do_not_touch_it(value):
-    features, boxes, indices, _, rule = crowd()
+def test_a_pixel_leaves_the_derivatives_of_crops_alone_that_do_not_touch_it(value, way):
+    features, boxes, indices, _, case = crowd()
     along = [np.random.default_rng(1).standard_normal(boxes.shape)]
-    expected = numpy_backend.forward(features, boxes, indices, rule, along)[1:]
+    expected = backend.forward(features, boxes, indices, case, along)[1:]
     features[:, :, 0, 0] = value
-    actual = numpy_backend.forward(features, boxes, indices, rule, along)[1:]
-    tolerance.assert_close(actual, expected, tolerance.GRADIENT["float32"])
+    np.testing.assert_array_equal(backend.forward(features, boxes, indices, case, along)[1:], expected)
 
 
-@pytest.mark.usefixtures("_slopes")
-def test_an_offset_of_the_features_costs_no_precision():
-    features, boxes, indices, grad, rule = crowd()
+def test_an_offset_of_the_features_costs_no_precision(way):
+    features, boxes, indices, grad, case = crowd()
     along = [np.random.default_rng(1).standard_normal(boxes.shape)]
     high = features + np.float32(1e6)
     exact = (high.astype(np.float64) - 1e6).astype(np.float32)
     for function in (
-        lambda values: numpy_backend.box_gradient(grad, values, boxes, indices, rule),
-        lambda values: numpy_backend.forward(values, boxes, indices, rule, along),
-        lambda values: numpy_backend.forward(lay_out(values, "channels-last"), boxes, indices, rule, along),
+        lambda values: backend.box_gradient(grad, values, boxes, indices, case),
+        lambda values: backend.forward(values, boxes, indices, case, along),
+        lambda values: backend.forward(lay_out(values, "channels-last"), boxes, indices, case, along),
     ):
-        for of_high, expected in zip(
-            sparse_and_dense(lambda function=function: function(high)),
-            sparse_and_dense(lambda function=function: function(exact)),
-            strict=True,
-        ):
-            tolerance.assert_close(of_high, expected, tolerance.GRADIENT["float32"])
+        tolerance.assert_close(function(high), function(exact), tolerance.GRADIENT["float32"])
 
 
 @pytest.mark.parametrize(("side", "bins"), [(60, 1), (200, 1), (200, 7), (390, 2)])
-def test_the_mean_of_ones_is_one(side, bins):
+def test_the_mean_of_ones_is_one(side, bins, way):
     features = np.ones((1, 16, 400, 400), np.float32)
     box = np.array([[0, 1.25, 2.75, 1.25 + side, 2.75 + side]], np.float32)
     crops = cr.roi_align(features, box, bins, aligned=True)
     tolerance.assert_close(crops, np.ones_like(crops), 3 * tolerance.OUTPUT["float32"])
 
 
-def test_memory_does_not_grow_with_threads(monkeypatch):
-    monkeypatch.setattr(numpy_backend, "SPARSE", True)
-    features = np.ones((1, 256, 300, 300), np.uint8)  # 22 MB
-    box = np.array([[0, 1, 1, 290, 290]], np.float32)
-
-    try:
-        for count in (1, 8):
-            cr.set_num_threads(count)
-            assert peak(lambda: cr.roi_align(features, box, 60, 1.0, 2, True)) < 64 * MIB + features.nbytes
-    finally:
-        cr.set_num_threads(None)
-
-
-def test_windows_of_one_image_overlap():
-    """Boxes of several parts of the image, too far apart to share a window; each adds to the same pixels."""
-    rng = np.random.default_rng(0)
-    features = np.zeros((1, 20, 600, 600), np.float32)
-    middle = 300 + rng.uniform(-30, 30, (12, 2))
-    boxes = np.concatenate([middle - 20, middle + 20], axis=1).astype(np.float32)
-    grad = rng.standard_normal((12, 20, 7, 7)).astype(np.float32)
-    rule = Rule(Dialect.ROI_ALIGN, (7, 7), X1_Y1_X2_Y2, 1.0, 2, True)
-    windows = []
-    original = numpy_sparse._Chunk.__init__
-
-    def init(self, boxes, some, found, owner):
-        windows.extend(found)
-        original(self, boxes, some, found, owner)
-
-    with unittest.mock.patch.object(numpy_sparse._Chunk, "__init__", init):
-        sparse, dense = sparse_and_dense(
-            lambda: numpy_backend.feature_gradient(grad, features, boxes, np.zeros(12, np.int64), rule)
-        )
-    assert len(windows) > 1
-    tolerance.assert_close(sparse, dense, tolerance.GRADIENT["float32"])
-
-
-@pytest.mark.usefixtures("_slopes")
-def test_the_gradient_of_a_bin_without_a_sample_counts_for_nothing():
-    """A NaN there, as of a loss that divides by the crop's mean, says nothing about the box."""
+def test_the_gradient_of_a_bin_without_a_sample_counts_for_nothing(way):
+    """A NaN there, as of a loss that divides by the crop's mean, says nothing about the box or the features."""
     rng = np.random.default_rng(0)
     features = rng.standard_normal((1, 20, 30, 30)).astype(np.float32)
     boxes = np.array([[10, 10, 50, 20]], np.float32)  # half of it is outside
     grad = rng.standard_normal((1, 20, 3, 6)).astype(np.float32)
-    rule = Rule(Dialect.ROI_ALIGN, (3, 6), X1_Y1_X2_Y2, 1.0, 2, True)
+    case, at = rule.roi_align((3, 6), 1.0, 2, True), np.zeros(1, np.int64)
     clean = grad.copy()
     clean[..., 4:] = 0
     grad[..., 4:] = np.nan
-    a, b = (numpy_backend.box_gradient(g, features, boxes, np.zeros(1, np.int64), rule) for g in (grad, clean))
+    a, b = (backend.box_gradient(g, features, boxes, at, case) for g in (grad, clean))
     np.testing.assert_array_equal(a, b)
+    a, b = (backend.feature_gradient(g, features, boxes, at, case) for g in (grad, clean))
+    tolerance.assert_close(a, b, tolerance.GRADIENT["float32"])
 
 
-@pytest.mark.parametrize("order", ["contiguous", "channels-last"])
-def test_chunks_of_the_sparse_way_add_up(order, monkeypatch):
-    rng = np.random.default_rng(6)
-    features = lay_out(rng.standard_normal((2, 20, 40, 40), dtype=np.float32), order)
-    boxes, indices = rng.uniform(-2, 42, (25, 4)).astype(np.float32), rng.integers(0, 2, 25)
-    grad = lay_out(rng.standard_normal((25, 20, 7, 7), dtype=np.float32), order)
-    rule = Rule(Dialect.ROI_ALIGN, (7, 7), X1_Y1_X2_Y2, 1.0, 2, True)
-
-    def run():
-        return (
-            numpy_backend.forward(features, boxes, indices, rule),
-            numpy_backend.feature_gradient(grad, features, boxes, indices, rule),
-            numpy_backend.box_gradient(grad, features, boxes, indices, rule),
-        )
-
-    monkeypatch.setattr(numpy_backend, "SPARSE", True)
-    whole = run()
-    monkeypatch.setattr(numpy_job, "WORKSPACE", 600_000)
-    assert numpy_sparse.suited(numpy_backend._job(features, boxes, indices, rule, ()), forced=True).all()
-    for a, b in zip(run(), whole, strict=True):
-        tolerance.assert_close(a, b, tolerance.GRADIENT["float32"])
-
-
-def test_boxes_of_both_ways_by_turns():
-    """Every other box has too many entries for the sparse way. The others' gradients are read where they lie."""
-    rng = np.random.default_rng(0)
-    corner = rng.uniform(0, 90, (100, 2))
-    side = np.where(np.arange(100) % 2, 9, 300)[:, None]
-    boxes = np.concatenate([corner, corner + side], axis=1).astype(np.float32)
-    features, grad = (
-        lay_out(rng.standard_normal(shape, dtype=np.float32), "channels-last")
-        for shape in ((1, 512, 100, 100), (100, 512, 14, 14))
-    )
-    rule, indices = Rule(Dialect.ROI_ALIGN, (14, 14), X1_Y1_X2_Y2, 1.0, 0, True), np.zeros(100, np.int64)
-    job = numpy_backend._job(features, boxes, indices, rule, ())
-    np.testing.assert_array_equal(numpy_sparse.suited(job, forced=True), side[:, 0] == 9)
-    sparse, dense = sparse_and_dense(lambda: numpy_backend.feature_gradient(grad, features, boxes, indices, rule))
-    tolerance.assert_close(sparse, dense, tolerance.GRADIENT["float32"])
-    whole = np.arange(100)[side[:, 0] == 9]
-    total = np.zeros_like(features)
-    assert peak(lambda: numpy_sparse.feature_gradient(job, whole, grad, total, set()) or total[:0]) < grad.nbytes / 4
-
-
+@pytest.mark.parametrize("channels", [3, 20])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_pixel_of_weight_zero_is_not_reached(value):
-    """Samples on pixel centres: the next pixel has weight 0."""
-    features = np.zeros((1, 20, 9, 9), np.float32)
+def test_a_pixel_of_weight_zero_is_not_reached(value, channels, way):
+    """Samples on pixel centers: the next pixel has weight 0."""
+    features = np.zeros((1, channels, 9, 9), np.float32)
     features[..., 5] = value
-    box = np.array([[2.0, 2.0, 4.0, 4.0]], np.float32)
-    rule = Rule(Dialect.ROI_CROP_CORNERS, (3, 3), X1_Y1_X2_Y2)
-    for crops in sparse_and_dense(lambda: numpy_backend.forward(features, box, np.zeros(1, np.int64), rule)):
-        assert not crops.any()
-    grad = np.full((1, 20, 3, 3), value, np.float32)
-    for total in sparse_and_dense(
-        lambda: numpy_backend.feature_gradient(grad, features, box, np.zeros(1, np.int64), rule)
-    ):
-        assert not total[..., 5].any()
-        assert not np.isfinite(total[..., 2:5, 2:5]).any()
+    box, at = np.array([[2.0, 2.0, 4.0, 4.0]], np.float32), np.zeros(1, np.int64)
+    case = rule.roi_crop((3, 3), False)
+    assert not backend.forward(features, box, at, case).any()
+    grad = np.full((1, channels, 3, 3), value, np.float32)
+    total = backend.feature_gradient(grad, features, box, at, case)
+    assert not total[..., 5].any()
+    assert not np.isfinite(total[..., 2:5, 2:5]).any()
+
+
+def test_a_line_is_read_whole_or_pixel_by_pixel():
+    """Few samples far apart, and many side by side: each channel of either loop against its neighbour."""
+    rng = np.random.default_rng(0)
+    features = rng.standard_normal((1, 3, 40, 900), dtype=np.float32)
+    boxes = np.array([[3, 3, 890, 30], [3, 3, 40, 30], [880, 30, 4, 2]], np.float32)
+    case, at = rule.roi_align((5, 6), 1.0, 1, True), np.zeros(3, np.int64)
+    grad = rng.standard_normal((3, 3, 5, 6), dtype=np.float32)
+    results = []
+    for lanes in (1, 8, 10**6):  # never whole, where that pays, always whole
+        with unittest.mock.patch.object(plain, "PIXELS", 90):
+            many = np.repeat(features, lanes if lanes < 9 else 8, axis=1)
+            grads = np.repeat(grad, many.shape[1] // 3, axis=1)
+            with backends.way("compiled"):
+                crops = backend.forward(many, boxes, at, case)
+                total = backend.feature_gradient(grads, many, boxes, at, case)
+        results.append((crops[:, :: many.shape[1] // 3], total[:, :: many.shape[1] // 3]))
+    for crops, total in results[1:]:
+        tolerance.assert_close(crops, results[0][0], tolerance.OUTPUT["float32"])
+        tolerance.assert_close(total, results[0][1], tolerance.GRADIENT["float32"])
+
+
+# ---- which way, and what it needs ----
+
+
+def run(code, **environment):
+    """Of a process of its own: what it prints."""
+    variables = {**os.environ, "CUPY_ROIALIGN_COMPILED": "1", **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+WHY = "import sys; from cupy_roialign.cpu import backend; print(backend.not_compiled(), 'numba' in sys.modules)"
+
+
+def test_a_variable_turns_the_compiled_way_off():
+    assert run(WHY) == "True"
+    assert run(WHY, CUPY_ROIALIGN_COMPILED="0") == "the environment variable CUPY_ROIALIGN_COMPILED is 0 False"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        ("ModuleNotFoundError('no numba', name='numba')", "Numba is not installed"),
+        ("ImportError('Numba needs NumPy 2.4 or less')", "Numba cannot be imported (Numba needs NumPy 2.4 or less)"),
+        ("RuntimeError('odd')", "Numba cannot be imported (odd)"),
+    ],
+)
+def test_without_numba_all_goes_the_plain_way(error, reason):
+    refuse = (
+        "import sys, importlib.abc\n"
+        "class Finder(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == 'numba': raise {error}\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "import numpy as np, cupy_roialign as cr\n"
+        "print(cr.roi_align(np.ones((1, 1, 9, 9)), [[0, 1, 1, 5, 5]], 1).item(), end=' ')\n"
+    )
+    assert run(refuse + WHY.replace("'numba' in sys.modules", "''")) == f"1.0 {reason}"
+
+
+def test_the_plain_way_needs_numpy_alone_and_starts_no_threads_of_blas():
+    """Time of the whole process against that of the calling thread: another thread would add to the first."""
+    code = (
+        "import sys, time, numpy as np, cupy_roialign as cr\n"
+        "rng = np.random.default_rng(0)\n"
+        "cr.set_num_threads(1)\n"
+        "for shape, size in (((1, 256, 100, 100), 7), ((1, 3, 400, 400), 224), ((1, 64, 100, 100), (1, 5)),\n"
+        "                    ((1, 64, 100, 100), (5, 1)), ((1, 2, 600, 600), 1)):\n"
+        "    for order in (0, 1):\n"
+        "        x = rng.standard_normal(shape, dtype=np.float32)\n"
+        "        x = np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2) if order else x\n"
+        "        low = rng.uniform(0, shape[2] / 3, (8, 2))\n"
+        "        boxes = np.concatenate([low, low + shape[2] / 2], axis=1).astype(np.float32)\n"
+        "        output, pullback = cr.vjp(cr.roi_align, x, boxes, size, 1.0, 0, True, batch_indices=0)\n"
+        "        whole, mine = time.process_time(), time.thread_time()\n"
+        "        cr.roi_align(x, boxes, size, 1.0, 0, True, batch_indices=0)\n"
+        "        pullback(np.ones_like(output))\n"
+        "        whole, mine = time.process_time() - whole, time.thread_time() - mine\n"
+        "        assert whole < 1.1 * mine + 0.01, (shape, size, order, whole, mine)\n"
+        "print({'scipy', 'numba', 'torch'} & set(sys.modules))\n"
+    )
+    assert run(code, CUPY_ROIALIGN_COMPILED="0", OPENBLAS_NUM_THREADS="4") == "set()"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of machine code, and nothing in memory."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiled, "_loop", compiled._loop.__wrapped__)
+    return tmp_path
+
+
+def test_machine_code_is_kept_and_follows_its_sources(cache, monkeypatch):
+    compiled._loop("scatter", "f")
+    (first,) = cache.iterdir()
+    kept = sorted(path.name for path in first.rglob("*.nbc"))
+    assert kept
+    again = compiled._loop("scatter", "f")
+    assert again.stats.cache_hits == {again.signatures[0]: 1}
+    monkeypatch.setattr(geometry, "__file__", rule.__file__)  # as if geometry.py were another
+    other = compiled._loop("scatter", "f")
+    assert len(list(cache.iterdir())) == 2
+    assert not other.stats.cache_hits
+    assert numba.config.CACHE_DIR == str(cache)
+
+
+def test_a_folder_that_cannot_be_written_to_is_done_without(cache, monkeypatch):
+    (cache / "file").write_text("")
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(cache / "file" / "below"))
+    loop = compiled._loop("scatter", "f")
+    planes = np.zeros((1, 1, 2, 2), np.float32)
+    loop(np.ones((1, 2, 2, 1), np.float32), np.array([0]), 0, 0, 0, False, planes)
+    assert planes.all()
+
+
+def test_compile_ahead():
+    assert run("from cupy_roialign.cpu import backend; print(backend.compile_ahead() > 0)") == "True"
+
+
+def test_a_second_process_loads_what_the_first_has_compiled(tmp_path):
+    code = (
+        "import time, numpy as np, numba, cupy_roialign as cr\n"
+        "np.ones(3) @ np.ones(3)\n"
+        "x, b = np.ones((1, 8, 30, 30), np.float32), np.ones((1, 5), np.float32) * [[0, 1, 1, 9, 9]]\n"
+        "start = time.process_time()\n"
+        "cr.roi_align(x, b.astype(np.float32), 7)\n"
+        "print(time.process_time() - start)\n"
+    )
+    first, second = (float(run(code, NUMBA_CACHE_DIR=str(tmp_path))) for _ in range(2))
+    assert second < first / 3

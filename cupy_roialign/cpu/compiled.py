@@ -25,7 +25,7 @@ from cupy_roialign.cpu import loops, threads, weights
 from cupy_roialign.cpu.weights import Job, Rows
 from cupy_roialign.rule import Rule
 
-BLOCK = 16
+BLOCK = loops.GROUP
 """Channels that are brought over at a time, so that a pixel of them is a cache line of float32."""
 
 CROPS = 2**18
@@ -85,7 +85,7 @@ _lock = threading.Lock()
 def _loop(name: str, dtype: str) -> Any:
     """A loop as machine code, from the cache on disk if it is there. The dtype is f or d."""
     source = getattr(loops, name)
-    options = {key: source.targetoptions[key] for key in ("nogil", "error_model", "fastmath") if key in source.targetoptions}
+    options = {key: source.targetoptions[key] for key in ("nogil", "error_model")}
     signature = _signature(name, dtype)
     with _lock, _cache_folder() as folder:
         if folder is not None:
@@ -197,7 +197,7 @@ def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
                 for again, (y, x) in enumerate(terms):
                     crop(
                         *lines, 0, 0, numbers, images, y[:4], job.rule.bins[0], x[:4], job.rule.bins[1],
-                        *_scratch(job, lines.lines, lines.channels, x, 2), leveled, levels, again > 0, of,
+                        *_scratch(job, lines.lines, lines.channels, x, 4), leveled, levels, again > 0, of,
                     )  # fmt: skip
 
             threads.run(direct, threads.parts(some.stop - some.start, _cost(job, terms)), _cost(job, terms))
@@ -218,7 +218,7 @@ def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
                         crop(
                             _flat(pixels), 1, channels, strip.start, window.columns.start, numbers, images,
                             y[:4], job.rule.bins[0], x[:4], job.rule.bins[1],
-                            *_scratch(job, _flat(pixels), channels, x, 2), leveled, levels, again > 0 or strip.start > window.rows.start, _flat(made),
+                            *_scratch(job, _flat(pixels), channels, x, 4), leveled, levels, again > 0 or strip.start > window.rows.start, _flat(made),
                         )  # fmt: skip
                 _return(made, some.start + numbers, window.channels, 0, 0, False, output)
 
@@ -280,7 +280,7 @@ def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray)
         for (y, x), axes in zip(terms, job.free_axes(), strict=True):
             found: list[tuple[np.ndarray, np.ndarray]] = []
             weights = (tuple(y), bins[0], tuple(x), bins[1])
-            if lines is not None and _in_place(job, lines, terms):
+            if lines is not None and _in_place(job, lines, terms, alike=True):
                 grads = _as_lines(grad, some, lines.planes, job.dtype)
                 found.append((np.arange(some.stop - some.start), np.zeros((some.stop - some.start, 4))))
 
@@ -290,7 +290,7 @@ def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray)
                     numbers, images = _numbers(job, some, part)
                     levels = np.empty((len(numbers) * lines.planes, lines.channels), job.dtype)
                     of = grads[part.start * lines.planes : part.stop * lines.planes]
-                    slopes(*lines, 0, 0, numbers, images, *w, *_scratch(job, lines.lines, lines.channels, x, 4), levels, False, of, to[part])
+                    slopes(*lines, 0, 0, numbers, images, *w, *_scratch(job, lines.lines, lines.channels, x, 10), levels, False, of, to[part])
 
                 threads.run(direct, threads.parts(some.stop - some.start, cost), cost)
             else:
@@ -309,7 +309,7 @@ def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray)
                                 _bring(features, np.array([window.image]), window, strip, pixels)
                             slopes(
                                 _flat(pixels), 1, channels, strip.start, window.columns.start, numbers,
-                                np.zeros(len(numbers), np.int64), *w, *_scratch(job, _flat(pixels), channels, x, 4),
+                                np.zeros(len(numbers), np.int64), *w, *_scratch(job, _flat(pixels), channels, x, 10),
                                 levels, strip.start > window.rows.start,
                                 _flat(grads), to[done : done + len(numbers)],
                             )  # fmt: skip
@@ -334,7 +334,7 @@ def _numbers(job: Job, some: slice, part: slice) -> tuple[np.ndarray, np.ndarray
 def _scratch(job: Job, lines: np.ndarray, channels: int, x: Rows, count: int) -> tuple[np.ndarray, np.ndarray]:
     """What a loop needs to work: the place of each entry of a box, and so many lines."""
     most = int(np.diff(x.begin[:: job.rule.bins[1]]).max())
-    return np.empty(most, np.uint32), np.empty((count, max(lines.shape[2], most * channels)), job.dtype)
+    return np.empty(most, np.uint32), np.empty((count, max(lines.shape[2], most * channels, job.rule.bins[1] * channels)), job.dtype)
 
 
 def _flat(pixels: np.ndarray) -> np.ndarray:
@@ -354,13 +354,16 @@ def _cost(job: Job, terms: list[tuple[Rows, Rows]]) -> int:
     return len(terms) * int(y.begin[-1]) * int(x.begin[-1]) // boxes * job.shape[1]
 
 
-def _in_place(job: Job, lines: _Lines, terms: list[tuple[Rows, Rows]]) -> bool:
+def _in_place(job: Job, lines: _Lines, terms: list[tuple[Rows, Rows]], alike: bool = False) -> bool:
     """Whether lines are worked on as they are.
 
     Of planes each entry along x of each row of bins is a single number: these are compared with the pixels to bring over,
     in accesses to memory. Few channels would leave a processor's lanes empty either way.
+
+    Sums over channels come out alike either way only where BLOCK of them can be brought over: `alike` asks for that.
     """
-    if lines.channels > 1 or lines.planes < loops.LANES:
+    plane = job.shape[2] * job.shape[3] * job.dtype.itemsize
+    if lines.channels > 1 or lines.planes < loops.LANES or plane * (BLOCK if alike else 1) > weights.WORKSPACE:
         return True
     y, x = (int(of.begin[-1]) for of in terms[0])
     boxes = max(1, (len(terms[0][0].begin) - 1) // job.rule.bins[0])
@@ -379,7 +382,8 @@ def _windows(job: Job, some: slice, terms: list[tuple[Rows, Rows]]) -> tuple[lis
 
     def add(image: int, boxes: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
         (y0, x0), (y1, x1) = low.tolist(), high.tolist()
-        channels = max(1, min(BLOCK, job.shape[1], weights.WORKSPACE // ((x1 - x0) * job.dtype.itemsize)))
+        size = (y1 - y0) * (x1 - x0) * job.dtype.itemsize
+        channels = max(1, min(BLOCK, job.shape[1], weights.WORKSPACE // size))
         step = max(1, weights.WORKSPACE // ((x1 - x0) * channels * job.dtype.itemsize))
         for c in range(0, job.shape[1], channels):
             block = slice(c, min(c + channels, job.shape[1]))

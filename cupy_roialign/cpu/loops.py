@@ -22,6 +22,9 @@ from cupy_roialign import geometry
 LANES = 8
 """Numbers that a processor multiplies at once. Fewer channels are worked on as single numbers."""
 
+GROUP = 16
+"""Channels whose gradients with respect to a box are summed together."""
+
 u64 = np.uint64
 
 for _function in (
@@ -53,20 +56,14 @@ def _type_of(number):
     return lambda number: real
 
 
-exact = numba.njit(nogil=True, error_model="numpy")
-"""For positions, whose operations must be rounded one by one."""
+loop = numba.njit(nogil=True, error_model="numpy")
+"""Each operation is rounded as it is written: so results are the same whichever loop, and whichever processor."""
 
-inline = numba.njit(inline="always")
-"""A part of each function that calls it, compiled along with that: faster than on its own."""
-
-sums = numba.njit(nogil=True, error_model="numpy", fastmath={"contract"})
-"""A product and a sum may be one instruction."""
-
-dots = numba.njit(nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
-"""A sum may be made in parts, as many as the processor has lanes."""
+part = numba.njit(inline="always")
+"""A part of each loop that calls it, compiled along with that: faster than on its own."""
 
 
-@exact
+@loop
 def rows(rule, low, high, bins, size, begin, extent, pixel, value, to_start, to_step):
     """Fills `Rows` of boxes along one axis; returns the number of entries. Empty slopes are not asked for."""
     real, slopes = type_of(low[0]), len(to_start) > 0
@@ -129,7 +126,7 @@ def rows(rule, low, high, bins, size, begin, extent, pixel, value, to_start, to_
 # ---- one box along x, and its lines ----
 
 
-@inline
+@part
 def place(begin, extent, pixel, k, bins, channels, slots):
     """The line that box `k` reads: its length in numbers, and whether it is all pixels from the first to the last.
 
@@ -143,7 +140,7 @@ def place(begin, extent, pixel, k, bins, channels, slots):
     return u64((extent[1, k] - first if dense else end - row) * channels if end > row else 0), dense
 
 
-@inline
+@part
 def within(pixel, first, stop, top, bottom):
     """The entries of a bin, whose pixels are in order, from `top` on and above `bottom`."""
     while first < stop and not top <= pixel[first] < bottom:
@@ -153,7 +150,7 @@ def within(pixel, first, stop, top, bottom):
     return first, stop
 
 
-@inline
+@part
 def set_level(lines, m, y, at, length, channels, again, stored, level):
     """Fills a line with the pixel there, where that is finite; `again`: with the one that was stored before.
 
@@ -167,48 +164,64 @@ def set_level(lines, m, y, at, length, channels, again, stored, level):
         level[i] = stored[i % u64(channels)]
 
 
-@inline
-def add_line(lines, m, y, at, length, dense, channels, x0, pixel, row, level, weight, total):
-    """Adds a line less its level. `row`: the box's first entry along x."""
+@part
+def load_line(lines, m, y, at, length, dense, channels, x0, pixel, row, level, line):
+    """A line less its level. `row`: the box's first entry along x."""
     if dense:
         for i in range(length):
-            total[i] += weight * (lines[m, y, at + i] - level[i])
+            line[i] = lines[m, y, at + i] - level[i]
     else:
-        group = u64(channels)
-        for entry in range(length // group):
-            of, to = u64((pixel[u64(row) + entry] - x0) * channels), entry * group
-            for c in range(group):
-                total[to + c] += weight * (lines[m, y, of + c] - level[to + c])
+        size = u64(channels)
+        for entry in range(length // size):
+            of, to = u64((pixel[u64(row) + entry] - x0) * channels), entry * size
+            for c in range(size):
+                line[to + c] = lines[m, y, of + c] - level[to + c]
 
 
-@inline
-def sum_lines(lines, m, y0, at, length, pixel, value, first, stop, total):
-    """The weighted sum of the lines of a bin, all pixels of them and without a level, by twos."""
+@loop
+def sum_lines(
+    lines, m, y0, at, length, dense, channels, x0, pixel_x, row, leveled, level, pixel, value, first, stop, pair, total
+):  # fmt: skip
+    """The weighted sum of the lines that a bin touches, by twos."""
+    direct = dense and not leveled  # without bringing a line over
     entry = first + (stop - first) % 2
+    for i in range(length):
+        total[i] = 0
     if entry > first:
         y, a = u64(pixel[first] - y0), value[first]
+        load_line(lines, m, y, at, length, dense, channels, x0, pixel_x, row, level, pair[0])
         for i in range(length):
-            total[i] = a * lines[m, y, at + i]
-    else:
-        for i in range(length):
-            total[i] = 0
+            total[i] = a * pair[0, i]
     while entry < stop:
         y, z, a, b = u64(pixel[entry] - y0), u64(pixel[entry + 1] - y0), value[entry], value[entry + 1]
-        for i in range(length):
-            total[i] += a * lines[m, y, at + i] + b * lines[m, z, at + i]
+        if direct:
+            for i in range(length):
+                total[i] += a * lines[m, y, at + i] + b * lines[m, z, at + i]
+        else:
+            load_line(lines, m, y, at, length, dense, channels, x0, pixel_x, row, level, pair[0])
+            load_line(lines, m, z, at, length, dense, channels, x0, pixel_x, row, level, pair[1])
+            for i in range(length):
+                total[i] += a * pair[0, i] + b * pair[1, i]
         entry += 2
 
 
-@inline
+@part
 def take_bins(total, begin, value, row, bins, channels, slots, crop):
-    """Adds bins of a line to a row of them. `row`: of bins, among those of all boxes."""
+    """Adds bins of a line to a row of them, in the same order for few and for many channels.
+
+    `row`: the first of the bins, among those of all boxes.
+    """
     size, base = u64(channels), begin[row]
     for q in range(bins):
         out, entry, end = u64(q) * size, begin[row + q], begin[row + q + 1]
         if channels < LANES:
             for c in range(size):
-                number = crop[out + c]
-                for e in range(entry, end):
+                number, e = crop[out + c], entry
+                while e + 1 < end:
+                    x, y = total[u64(slots[e - base]) * size + c], total[u64(slots[e + 1 - base]) * size + c]
+                    number += value[e] * x + value[e + 1] * y
+                    e += 2
+                if e < end:
                     number += value[e] * total[u64(slots[e - base]) * size + c]
                 crop[out + c] = number
             continue
@@ -224,7 +237,7 @@ def take_bins(total, begin, value, row, bins, channels, slots, crop):
                 crop[out + c] += u * total[a + c]
 
 
-@inline
+@part
 def give_bins(crop, begin, value, row, bins, channels, slots, line):
     """Adds a row of bins to a line."""
     size, base = u64(channels), begin[row]
@@ -236,23 +249,10 @@ def give_bins(crop, begin, value, row, bins, channels, slots, line):
                 line[to + c] += u * crop[out + c]
 
 
-@dots
-def products(grad, at, to_start, to_step, value, of, channels):
-    """Sums over the channels of a bin and a pixel."""
-    zero = grad[0] * 0
-    a, b, c = zero, zero, zero
-    for i in range(channels):
-        g = grad[at + i]
-        a += g * to_start[of + i]
-        b += g * to_step[of + i]
-        c += g * value[of + i]
-    return a, b, c
-
-
 # ---- the three functions ----
 
 
-@sums
+@loop
 def crops(
     lines, planes, channels, y0, x0, numbers, images, of_y, bins_y, of_x, bins_x, slots, scratch, leveled, levels, again, out,
 ):  # fmt: skip
@@ -263,7 +263,7 @@ def crops(
     """
     begin_y, extent_y, pixel_y, value_y = of_y
     begin_x, extent_x, pixel_x, value_x = of_x
-    bottom, width, total, level = y0 + lines.shape[1], u64(out.shape[2]), scratch[0], scratch[1]
+    bottom, width, total, level, pair = y0 + lines.shape[1], u64(out.shape[2]), scratch[0], scratch[1], scratch[2:4]
     for i in range(len(level)):
         level[i] = 0
     for j in range(len(numbers)):
@@ -283,18 +283,14 @@ def crops(
                 first, stop = within(pixel_y, first, stop, y0, bottom)
                 if first == stop or length == 0:
                     continue
-                if dense and not leveled:
-                    sum_lines(lines, m, y0, at, length, pixel_y, value_y, first, stop, total)
-                else:
-                    for i in range(length):
-                        total[i] = 0
-                    for entry in range(first, stop):
-                        y, weight = u64(pixel_y[entry] - y0), value_y[entry]
-                        add_line(lines, m, y, at, length, dense, channels, x0, pixel_x, row, level, weight, total)
+                sum_lines(
+                    lines, m, y0, at, length, dense, channels, x0, pixel_x, row, leveled, level,
+                    pixel_y, value_y, first, stop, pair, total,
+                )  # fmt: skip
                 take_bins(total, begin_x, value_x, k * bins_x, bins_x, channels, slots, crop)
 
 
-@sums
+@loop
 def spread(
     lines, planes, channels, y0, x0, top, bottom, numbers, images, of_y, bins_y, of_x, bins_x, slots, scratch, grads,
 ):  # fmt: skip
@@ -328,51 +324,58 @@ def spread(
                                 lines[m, y, to + c] += weight * line[of + c]
 
 
-@sums
+@loop
 def slopes(
     lines, planes, channels, y0, x0, numbers, images, of_y, bins_y, of_x, bins_x, slots, scratch, levels, again, grads, found,
 ):  # fmt: skip
-    """Adds the gradients with respect to start and step along y, then x, of each box."""
+    """Adds the gradients with respect to start and step along y, then x, of each box.
+
+    Each is the sum over crops that change, times the gradient of each crop; first for each channel, then over channels
+    by groups of GROUP: so it is the same whether these come one by one or together.
+    """
     begin_y, extent_y, pixel_y, value_y, start_y, step_y = of_y
     begin_x, extent_x, pixel_x, value_x, start_x, step_x = of_x
-    bottom, group = y0 + lines.shape[1], u64(channels)
+    bottom, size, width = y0 + lines.shape[1], u64(channels), u64(bins_x * channels)
     level, value, to_start, to_step = scratch[0], scratch[1], scratch[2], scratch[3]
+    pair, changes, total = scratch[4:6], scratch[6:10], np.zeros((4, channels))
     for j in range(len(numbers)):
         k = numbers[j]
         row, at = begin_x[k * bins_x], u64((extent_x[0, k] - x0) * channels)
         length, dense = place(begin_x, extent_x, pixel_x, k, bins_x, channels, slots)
         if length == 0 or extent_y[1, k] == 0:
             continue
+        group = np.zeros(4)
         for plane in range(planes):
             m, v = u64(images[j] * planes + plane), j * planes + plane
             set_level(lines, m, u64(0 if again else extent_y[0, k] - y0), at, length, channels, again, levels[v], level)
+            total[:] = 0
             for p in range(bins_y):
                 first, stop = begin_y[k * bins_y + p], begin_y[k * bins_y + p + 1]
                 first, stop = within(pixel_y, first, stop, y0, bottom)
                 if first == stop:
                     continue
-                for i in range(length):
-                    value[i] = to_start[i] = to_step[i] = 0
-                for e in range(first, stop):
-                    y = u64(pixel_y[e] - y0)
-                    add_line(lines, m, y, at, length, dense, channels, x0, pixel_x, row, level, value_y[e], value)
-                    add_line(lines, m, y, at, length, dense, channels, x0, pixel_x, row, level, start_y[e], to_start)
-                    add_line(lines, m, y, at, length, dense, channels, x0, pixel_x, row, level, step_y[e], to_step)
+                for of, to in ((value_y, value), (start_y, to_start), (step_y, to_step)):
+                    sum_lines(
+                        lines, m, y0, at, length, dense, channels, x0, pixel_x, row, True, level,
+                        pixel_y, of, first, stop, pair, to,
+                    )  # fmt: skip
+                changes[:, :width] = 0
+                take_bins(to_start, begin_x, value_x, k * bins_x, bins_x, channels, slots, changes[0])
+                take_bins(to_step, begin_x, value_x, k * bins_x, bins_x, channels, slots, changes[1])
+                take_bins(value, begin_x, start_x, k * bins_x, bins_x, channels, slots, changes[2])
+                take_bins(value, begin_x, step_x, k * bins_x, bins_x, channels, slots, changes[3])
                 grad = grads[v, p]
-                a, b, c, d = 0.0, 0.0, 0.0, 0.0
                 for q in range(bins_x):
-                    for e in range(begin_x[k * bins_x + q], begin_x[k * bins_x + q + 1]):
-                        s, t, u = products(
-                            grad, u64(q) * group, to_start, to_step, value, u64(slots[e - row]) * group, group
-                        )
-                        a += value_x[e] * s
-                        b += value_x[e] * t
-                        c += start_x[e] * u
-                        d += step_x[e] * u
-                found[j, 0] += a
-                found[j, 1] += b
-                found[j, 2] += c
-                found[j, 3] += d
+                    if begin_x[k * bins_x + q] < begin_x[k * bins_x + q + 1]:
+                        for s in range(4):
+                            for c in range(size):
+                                total[s, c] += grad[u64(q) * size + c] * changes[s, u64(q) * size + c]
+            for c in range(channels):
+                for s in range(4):
+                    group[s] += total[s, c]
+                    if (plane + c) % GROUP == GROUP - 1 or plane + c == planes * channels - 1:
+                        found[j, s] += group[s]
+                        group[s] = 0
 
 
 # ---- planes and pixels ----
@@ -381,7 +384,7 @@ PIECE = 16
 """Columns that are brought over at a time: a cache line of each channel."""
 
 
-@sums
+@loop
 def gather(planes, numbers, channel, y0, x0, pixels):
     """Parts of (M, C, H, W) planes as (n, h, w, B) pixels, from a channel, a row and a column on."""
     width, channels = u64(pixels.shape[2]), u64(pixels.shape[3])
@@ -397,7 +400,7 @@ def gather(planes, numbers, channel, y0, x0, pixels):
                         to[x + i, c] = planes[m, of, y, at + i]
 
 
-@sums
+@loop
 def scatter(pixels, numbers, channel, y0, x0, again, planes):
     """The reverse; `again`: added."""
     width, channels = u64(pixels.shape[2]), u64(pixels.shape[3])
