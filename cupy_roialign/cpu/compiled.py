@@ -61,7 +61,7 @@ def _signature(name: str, dtype: str) -> tuple[Any, ...]:
     f, i, lines = numba.from_dtype(np.dtype(dtype)), _in(_I), _in(numba.from_dtype(np.dtype(dtype)), 3)
     weights = (numba.types.Tuple((i, _in(_I, 2), i, _in(f))), _I)
     sloped = (numba.types.Tuple((i, _in(_I, 2), i, _in(f), _in(f), _in(f))), _I)
-    where, scratch = (_I, _I, _I, _I), (_out(numba.uint32, 1), _out(f, 2))
+    where, scratch = (_I, _I, _I, _I), (_out(numba.uint32, 2), _out(f, 2))
     if name == "rows":
         spec, found = numba.typeof(_Spec(0, 0, 0, 1.0, 1, True)), _out(numba.float64, 1)
         return spec, _in(f), _in(f), _I, _I, _out(_I, 1), _out(_I, 2), _out(_I, 1), found, found, found
@@ -197,7 +197,7 @@ def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
                 for again, (y, x) in enumerate(terms):
                     crop(
                         *lines, 0, 0, numbers, images, y[:4], job.rule.bins[0], x[:4], job.rule.bins[1],
-                        *_scratch(job, lines.lines, lines.channels, x, 4), leveled, levels, again > 0, of,
+                        *_scratch(job, lines.lines, lines.channels, x, 6), leveled, levels, again > 0, of,
                     )  # fmt: skip
 
             threads.run(direct, threads.parts(some.stop - some.start, _cost(job, terms)), _cost(job, terms))
@@ -218,7 +218,7 @@ def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
                         crop(
                             _flat(pixels), 1, channels, strip.start, window.columns.start, numbers, images,
                             y[:4], job.rule.bins[0], x[:4], job.rule.bins[1],
-                            *_scratch(job, _flat(pixels), channels, x, 4), leveled, levels, again > 0 or strip.start > window.rows.start, _flat(made),
+                            *_scratch(job, _flat(pixels), channels, x, 6), leveled, levels, again > 0 or strip.start > window.rows.start, _flat(made),
                         )  # fmt: skip
                 _return(made, some.start + numbers, window.channels, 0, 0, False, output)
 
@@ -241,7 +241,7 @@ def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
                 band: slice, lines: _Lines = lines, grads: Any = grads, at: Any = (numbers, images), terms: Any = terms
             ) -> None:
                 for y, x in terms:
-                    spread(*lines, 0, 0, band.start, band.stop, *at, y[:4], bins[0], x[:4], bins[1], *_scratch(job, lines.lines, lines.channels, x, 1), grads)
+                    spread(*lines, 0, 0, band.start, band.stop, *at, y[:4], bins[0], x[:4], bins[1], *_scratch(job, lines.lines, lines.channels, x, 3), grads)
 
             # A thread owns a band of every image, and adds all boxes to it in their order.
             threads.run(direct, threads.parts(total.shape[2], _cost(job, terms)), _cost(job, terms))
@@ -259,7 +259,7 @@ def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
                         spread(
                             _flat(pixels), 1, pixels.shape[3], strip.start, window.columns.start, strip.start, strip.stop,
                             numbers, np.zeros(len(numbers), np.int64), y[:4], bins[0], x[:4], bins[1],
-                            *_scratch(job, _flat(pixels), pixels.shape[3], x, 1), _flat(grads),
+                            *_scratch(job, _flat(pixels), pixels.shape[3], x, 3), _flat(grads),
                         )  # fmt: skip
                 image = np.array([window.image])
                 _return(pixels, image, window.channels, strip.start, window.columns.start, True, total)
@@ -290,7 +290,7 @@ def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray)
                     numbers, images = _numbers(job, some, part)
                     levels = np.empty((len(numbers) * lines.planes, lines.channels), job.dtype)
                     of = grads[part.start * lines.planes : part.stop * lines.planes]
-                    slopes(*lines, 0, 0, numbers, images, *w, *_scratch(job, lines.lines, lines.channels, x, 10), levels, False, of, to[part])
+                    slopes(*lines, 0, 0, numbers, images, *w, *_scratch(job, lines.lines, lines.channels, x, 16), levels, False, of, to[part])
 
                 threads.run(direct, threads.parts(some.stop - some.start, cost), cost)
             else:
@@ -309,7 +309,7 @@ def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray)
                                 _bring(features, np.array([window.image]), window, strip, pixels)
                             slopes(
                                 _flat(pixels), 1, channels, strip.start, window.columns.start, numbers,
-                                np.zeros(len(numbers), np.int64), *w, *_scratch(job, _flat(pixels), channels, x, 10),
+                                np.zeros(len(numbers), np.int64), *w, *_scratch(job, _flat(pixels), channels, x, 16),
                                 levels, strip.start > window.rows.start,
                                 _flat(grads), to[done : done + len(numbers)],
                             )  # fmt: skip
@@ -332,9 +332,10 @@ def _numbers(job: Job, some: slice, part: slice) -> tuple[np.ndarray, np.ndarray
 
 
 def _scratch(job: Job, lines: np.ndarray, channels: int, x: Rows, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a loop needs to work: the place of each entry of a box, and so many lines."""
-    most = int(np.diff(x.begin[:: job.rule.bins[1]]).max())
-    return np.empty(most, np.uint32), np.empty((count, max(lines.shape[2], most * channels, job.rule.bins[1] * channels)), job.dtype)
+    """What a loop needs to work: places of the entries of a box, and so many lines."""
+    most = int(np.diff(x.begin[:: job.rule.bins[1]]).max()) + job.rule.bins[1]
+    length = max(lines.shape[2], most * channels) + 1
+    return np.empty((4, most * min(channels, loops.LANES)), np.uint32), np.empty((count, length), job.dtype)
 
 
 def _flat(pixels: np.ndarray) -> np.ndarray:

@@ -178,12 +178,34 @@ def load_line(lines, m, y, at, length, dense, channels, x0, pixel, row, level, l
                 line[to + c] = lines[m, y, of + c] - level[to + c]
 
 
+@part
+def sum_dense(lines, m, y0, at, length, pixel, value, first, stop, total):
+    entry = first
+    if (stop - first) % 2:
+        y, a = u64(pixel[entry] - y0), value[entry]
+        for i in range(length):
+            total[i] = a * lines[m, y, at + i]
+        entry += 1
+    else:
+        y, z, a, b = u64(pixel[entry] - y0), u64(pixel[entry + 1] - y0), value[entry], value[entry + 1]
+        for i in range(length):
+            total[i] = a * lines[m, y, at + i] + b * lines[m, z, at + i]
+        entry += 2
+    while entry < stop:
+        y, z, a, b = u64(pixel[entry] - y0), u64(pixel[entry + 1] - y0), value[entry], value[entry + 1]
+        for i in range(length):
+            total[i] += a * lines[m, y, at + i] + b * lines[m, z, at + i]
+        entry += 2
+
+
 @loop
 def sum_lines(
     lines, m, y0, at, length, dense, channels, x0, pixel_x, row, leveled, level, pixel, value, first, stop, pair, total
 ):  # fmt: skip
     """The weighted sum of the lines that a bin touches, by twos."""
-    direct = dense and not leveled  # without bringing a line over
+    if dense and not leveled:
+        sum_dense(lines, m, y0, at, length, pixel, value, first, stop, total)
+        return
     entry = first + (stop - first) % 2
     for i in range(length):
         total[i] = 0
@@ -194,37 +216,58 @@ def sum_lines(
             total[i] = a * pair[0, i]
     while entry < stop:
         y, z, a, b = u64(pixel[entry] - y0), u64(pixel[entry + 1] - y0), value[entry], value[entry + 1]
-        if direct:
-            for i in range(length):
-                total[i] += a * lines[m, y, at + i] + b * lines[m, z, at + i]
-        else:
-            load_line(lines, m, y, at, length, dense, channels, x0, pixel_x, row, level, pair[0])
-            load_line(lines, m, z, at, length, dense, channels, x0, pixel_x, row, level, pair[1])
-            for i in range(length):
-                total[i] += a * pair[0, i] + b * pair[1, i]
+        load_line(lines, m, y, at, length, dense, channels, x0, pixel_x, row, level, pair[0])
+        load_line(lines, m, z, at, length, dense, channels, x0, pixel_x, row, level, pair[1])
+        for i in range(length):
+            total[i] += a * pair[0, i] + b * pair[1, i]
         entry += 2
 
 
+@loop
+def pair_up(begin, value, row, bins, channels, slots, length, pairs, weights):
+    """The entries of a box along x, of few channels, by twos: number in the crop, and two numbers in the line.
+
+    Where there is none, it is the number behind the line, which is 0. First come the first two of all bins, in the order
+    of the crop; then what further ones there are. Returns how many.
+    """
+    if channels >= LANES:
+        return u64(0)
+    base, count, first, more = begin[row], 0, 0, True
+    while more:
+        more = False
+        for q in range(bins):
+            entry, end = begin[row + q] + first, begin[row + q + 1]
+            if first > 0 and entry >= end:
+                continue
+            more = more or entry < end
+            for c in range(channels):
+                pairs[0, count], pairs[1, count], pairs[2, count] = q * channels + c, length, length
+                weights[0, count] = weights[1, count] = 0
+                if entry < end:
+                    pairs[1, count], weights[0, count] = slots[entry - base] * channels + c, value[entry]
+                if entry + 1 < end:
+                    pairs[2, count], weights[1, count] = slots[entry + 1 - base] * channels + c, value[entry + 1]
+                count += 1
+        first += 2
+    return u64(count)
+
+
 @part
-def take_bins(total, begin, value, row, bins, channels, slots, crop):
+def take_bins(total, begin, value, row, bins, channels, slots, pairs, weights, count, crop):
     """Adds bins of a line to a row of them, in the same order for few and for many channels.
 
     `row`: the first of the bins, among those of all boxes.
     """
     size, base = u64(channels), begin[row]
+    if channels < LANES:
+        every = u64(bins * channels)
+        for i in range(every):
+            crop[i] += weights[0, i] * total[pairs[1, i]] + weights[1, i] * total[pairs[2, i]]
+        for i in range(every, count):
+            crop[pairs[0, i]] += weights[0, i] * total[pairs[1, i]] + weights[1, i] * total[pairs[2, i]]
+        return
     for q in range(bins):
         out, entry, end = u64(q) * size, begin[row + q], begin[row + q + 1]
-        if channels < LANES:
-            for c in range(size):
-                number, e = crop[out + c], entry
-                while e + 1 < end:
-                    x, y = total[u64(slots[e - base]) * size + c], total[u64(slots[e + 1 - base]) * size + c]
-                    number += value[e] * x + value[e + 1] * y
-                    e += 2
-                if e < end:
-                    number += value[e] * total[u64(slots[e - base]) * size + c]
-                crop[out + c] = number
-            continue
         while entry + 1 < end:
             a, b = u64(slots[entry - base]) * size, u64(slots[entry + 1 - base]) * size
             u, v = value[entry], value[entry + 1]
@@ -238,9 +281,15 @@ def take_bins(total, begin, value, row, bins, channels, slots, crop):
 
 
 @part
-def give_bins(crop, begin, value, row, bins, channels, slots, line):
+def give_bins(crop, begin, value, row, bins, channels, slots, pairs, weights, count, line):
     """Adds a row of bins to a line."""
     size, base = u64(channels), begin[row]
+    if channels < LANES:
+        for i in range(count):
+            grad = crop[pairs[0, i]]
+            line[pairs[1, i]] += weights[0, i] * grad
+            line[pairs[2, i]] += weights[1, i] * grad
+        return
     for q in range(bins):
         out = u64(q) * size
         for entry in range(begin[row + q], begin[row + q + 1]):
@@ -254,7 +303,7 @@ def give_bins(crop, begin, value, row, bins, channels, slots, line):
 
 @loop
 def crops(
-    lines, planes, channels, y0, x0, numbers, images, of_y, bins_y, of_x, bins_x, slots, scratch, leveled, levels, again, out,
+    lines, planes, channels, y0, x0, numbers, images, of_y, bins_y, of_x, bins_x, places, scratch, leveled, levels, again, out,
 ):  # fmt: skip
     """Crops of the boxes `numbers`, which lie in `images`, each of so many planes of so many channels.
 
@@ -263,13 +312,17 @@ def crops(
     """
     begin_y, extent_y, pixel_y, value_y = of_y
     begin_x, extent_x, pixel_x, value_x = of_x
-    bottom, width, total, level, pair = y0 + lines.shape[1], u64(out.shape[2]), scratch[0], scratch[1], scratch[2:4]
+    slots, pairs = places[0], places[1:]
+    bottom, width, total, level = y0 + lines.shape[1], u64(out.shape[2]), scratch[0], scratch[1]
+    pair, weights = scratch[2:4], scratch[4:6]
     for i in range(len(level)):
         level[i] = 0
     for j in range(len(numbers)):
         k = numbers[j]
         row, at = begin_x[k * bins_x], u64((extent_x[0, k] - x0) * channels)
         length, dense = place(begin_x, extent_x, pixel_x, k, bins_x, channels, slots)
+        count = pair_up(begin_x, value_x, k * bins_x, bins_x, channels, slots, length, pairs, weights)
+        total[length] = 0
         for plane in range(planes):
             m, v = u64(images[j] * planes + plane), j * planes + plane
             if leveled and length > 0 and extent_y[1, k] > 0:
@@ -287,21 +340,22 @@ def crops(
                     lines, m, y0, at, length, dense, channels, x0, pixel_x, row, leveled, level,
                     pixel_y, value_y, first, stop, pair, total,
                 )  # fmt: skip
-                take_bins(total, begin_x, value_x, k * bins_x, bins_x, channels, slots, crop)
+                take_bins(total, begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, weights, count, crop)
 
 
 @loop
 def spread(
-    lines, planes, channels, y0, x0, top, bottom, numbers, images, of_y, bins_y, of_x, bins_x, slots, scratch, grads,
+    lines, planes, channels, y0, x0, top, bottom, numbers, images, of_y, bins_y, of_x, bins_x, places, scratch, grads,
 ):  # fmt: skip
     """Adds the feature gradient of boxes to lines from `top` to `bottom`, box after box."""
     begin_y, _, pixel_y, value_y = of_y
     begin_x, extent_x, pixel_x, value_x = of_x
-    group, line = u64(channels), scratch[0]
+    slots, pairs, group, line, weights = places[0], places[1:], u64(channels), scratch[0], scratch[1:3]
     for j in range(len(numbers)):
         k = numbers[j]
         row, at = begin_x[k * bins_x], u64((extent_x[0, k] - x0) * channels)
         length, dense = place(begin_x, extent_x, pixel_x, k, bins_x, channels, slots)
+        count = pair_up(begin_x, value_x, k * bins_x, bins_x, channels, slots, length, pairs, weights)
         for plane in range(planes):
             m, v = u64(images[j] * planes + plane), j * planes + plane
             for p in range(bins_y):
@@ -311,7 +365,7 @@ def spread(
                     continue
                 for i in range(length):
                     line[i] = 0
-                give_bins(grads[v, p], begin_x, value_x, k * bins_x, bins_x, channels, slots, line)
+                give_bins(grads[v, p], begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, weights, count, line)
                 for entry in range(first, stop):
                     y, weight = u64(pixel_y[entry] - y0), value_y[entry]
                     if dense:
@@ -326,7 +380,7 @@ def spread(
 
 @loop
 def slopes(
-    lines, planes, channels, y0, x0, numbers, images, of_y, bins_y, of_x, bins_x, slots, scratch, levels, again, grads, found,
+    lines, planes, channels, y0, x0, numbers, images, of_y, bins_y, of_x, bins_x, places, scratch, levels, again, grads, found,
 ):  # fmt: skip
     """Adds the gradients with respect to start and step along y, then x, of each box.
 
@@ -335,15 +389,21 @@ def slopes(
     """
     begin_y, extent_y, pixel_y, value_y, start_y, step_y = of_y
     begin_x, extent_x, pixel_x, value_x, start_x, step_x = of_x
+    slots, pairs = places[0], places[1:]
     bottom, size, width = y0 + lines.shape[1], u64(channels), u64(bins_x * channels)
     level, value, to_start, to_step = scratch[0], scratch[1], scratch[2], scratch[3]
     pair, changes, total = scratch[4:6], scratch[6:10], np.zeros((4, channels))
+    of_value, of_start, of_step = scratch[10:12], scratch[12:14], scratch[14:16]
     for j in range(len(numbers)):
         k = numbers[j]
         row, at = begin_x[k * bins_x], u64((extent_x[0, k] - x0) * channels)
         length, dense = place(begin_x, extent_x, pixel_x, k, bins_x, channels, slots)
         if length == 0 or extent_y[1, k] == 0:
             continue
+        count = pair_up(begin_x, value_x, k * bins_x, bins_x, channels, slots, length, pairs, of_value)
+        pair_up(begin_x, start_x, k * bins_x, bins_x, channels, slots, length, pairs, of_start)
+        pair_up(begin_x, step_x, k * bins_x, bins_x, channels, slots, length, pairs, of_step)
+        value[length] = to_start[length] = to_step[length] = 0
         group = np.zeros(4)
         for plane in range(planes):
             m, v = u64(images[j] * planes + plane), j * planes + plane
@@ -360,10 +420,10 @@ def slopes(
                         pixel_y, of, first, stop, pair, to,
                     )  # fmt: skip
                 changes[:, :width] = 0
-                take_bins(to_start, begin_x, value_x, k * bins_x, bins_x, channels, slots, changes[0])
-                take_bins(to_step, begin_x, value_x, k * bins_x, bins_x, channels, slots, changes[1])
-                take_bins(value, begin_x, start_x, k * bins_x, bins_x, channels, slots, changes[2])
-                take_bins(value, begin_x, step_x, k * bins_x, bins_x, channels, slots, changes[3])
+                take_bins(to_start, begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, count, changes[0])
+                take_bins(to_step, begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, count, changes[1])
+                take_bins(value, begin_x, start_x, k * bins_x, bins_x, channels, slots, pairs, count, changes[2])
+                take_bins(value, begin_x, step_x, k * bins_x, bins_x, channels, slots, pairs, count, changes[3])
                 grad = grads[v, p]
                 for q in range(bins_x):
                     if begin_x[k * bins_x + q] < begin_x[k * bins_x + q + 1]:
