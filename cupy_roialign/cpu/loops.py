@@ -252,7 +252,7 @@ def pair_up(begin, value, row, bins, channels, slots, length, pairs, weights):
     return u64(count)
 
 
-@part
+@loop
 def take_bins(total, begin, value, row, bins, channels, slots, pairs, weights, count, crop):
     """Adds bins of a line to a row of them, in the same order for few and for many channels.
 
@@ -420,10 +420,10 @@ def slopes(
                         pixel_y, of, first, stop, pair, to,
                     )  # fmt: skip
                 changes[:, :width] = 0
-                take_bins(to_start, begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, count, changes[0])
-                take_bins(to_step, begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, count, changes[1])
-                take_bins(value, begin_x, start_x, k * bins_x, bins_x, channels, slots, pairs, count, changes[2])
-                take_bins(value, begin_x, step_x, k * bins_x, bins_x, channels, slots, pairs, count, changes[3])
+                take_bins(to_start, begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, of_value, count, changes[0])
+                take_bins(to_step, begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, of_value, count, changes[1])
+                take_bins(value, begin_x, start_x, k * bins_x, bins_x, channels, slots, pairs, of_start, count, changes[2])
+                take_bins(value, begin_x, step_x, k * bins_x, bins_x, channels, slots, pairs, of_step, count, changes[3])
                 grad = grads[v, p]
                 for q in range(bins_x):
                     if begin_x[k * bins_x + q] < begin_x[k * bins_x + q + 1]:
