@@ -88,7 +88,7 @@ def _array_adapter(library: str, place: str, name: str, first: Any) -> ArrayAdap
     if library == "cupy" and place.endswith("(ROCm)"):
         from cupy_roialign.diagnose import problems
 
-        raise TypeError(f"{_out_of_reach(name, first)}: {problems.rocm(problems.machine())}")
+        raise TypeError(_out_of_reach(name, first, str(problems.rocm(problems.machine()))))
     if library == "cupy":
         return ArrayAdapter(adapters.of_cupy, sys.modules["cupy"])
     if place != _CPU:
@@ -104,15 +104,16 @@ def _array_adapter(library: str, place: str, name: str, first: Any) -> ArrayAdap
     return ArrayAdapter(cpu, take=_over_dlpack, give=namespace().from_dlpack)
 
 
-def _out_of_reach(name: str, array: Any) -> str:
+def _out_of_reach(name: str, array: Any, why: str = "copy it there first") -> str:
     wanted = "in the CPU's memory, a CuPy array or a CUDA tensor"
-    return f"{name} must be {wanted}; got {_describe(array)}; copy it there first"
+    return f"{name} must be {wanted}; got {_describe(array)}; {why}"
 
 
 def _need_cupy(name: str, tensor: Any) -> None:
-    """CuPy for CUDA: to torch a GPU of AMD's is a "cuda" device as well."""
+    """Raises where there is no CuPy, or the GPU is AMD's, which to torch is a "cuda" device as well."""
     if getattr(sys.modules["torch"].version, "hip", None):
-        raise TypeError(f"{_out_of_reach(name, tensor)}: this PyTorch is built for ROCm, and the kernels for CUDA")
+        why = "this PyTorch is built for ROCm, and the kernels are written for CUDA; copy it to the CPU"
+        raise TypeError(_out_of_reach(name, tensor, why))
     try:
         import cupy  # noqa: F401
     except Exception as error:

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from cupy_roialign import numpy_backend
-from cupy_roialign.geometry import Dialect, Rule, terms
+from cupy_roialign import rule as rules
+from cupy_roialign.cpu import backend as cpu
+from cupy_roialign.rule import terms
 from tests import tolerance
 
 X1_Y1_X2_Y2 = (1, 0, 3, 2)

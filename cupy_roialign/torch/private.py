@@ -38,14 +38,8 @@ nested_forward_mode: Callable[[], bool]
 """Whether forward mode is within forward mode. Unknown: assumed wherever forward mode is, which is then refused."""
 
 _transforms_active = _find("torch", "_C._are_functorch_transforms_active")
-_innermost = _find("torch", "_C._functorch.peek_interpreter_stack")
 if _transforms_active:
     transforms_active = _transforms_active
-elif _innermost:
-
-    def transforms_active() -> bool:
-        return _innermost() is not None
-
 else:
 
     def transforms_active() -> bool:
