@@ -368,7 +368,8 @@ def _is_by_image(boxes: Sequence[Any], batch_indices: Any) -> bool:
     if not boxes:
         return batch_indices is None
     return not all(
-        validation.is_real(part) or (isinstance(part, (list, tuple)) and part and not isinstance(part[0], (list, tuple)))
+        validation.is_real(part)
+        or (isinstance(part, (list, tuple)) and part and not isinstance(part[0], (list, tuple)))
         for part in boxes
     )
 

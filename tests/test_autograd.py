@@ -284,9 +284,7 @@ def test_many_cotangents_are_channels_of_one_call():
     seen = []
     original = cpu.feature_gradient
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            cpu, "feature_gradient", lambda g, f, *rest: seen.append(f.shape) or original(g, f, *rest)
-        )
+        patch.setattr(cpu, "feature_gradient", lambda g, f, *rest: seen.append(f.shape) or original(g, f, *rest))
         torch.func.jacrev(lambda f: cr.roi_crop(f, BOXES, INDICES, 1))(FEATURES)
     assert seen == [(2, 2 * 4, 8, 11)]
 

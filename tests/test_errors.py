@@ -67,8 +67,17 @@ bad(EVERY, "features", [[[[1.0]]]], TypeError, "list", "numpy.asarray")
 bad(EVERY, "features", "photo.png", TypeError, "str")
 bad(EVERY, "features", FEATURES[0], ValueError, "(N, C, H, W)", "(3, 8, 9)", "[None]")
 bad(EVERY, "features", FEATURES[0, 0], ValueError, "(N, C, H, W)", "(8, 9)", "[None, None]")
-bad(EVERY, "features", np.zeros((30, 40, 3), np.uint8), ValueError, "(30, 40, 3)", "np.transpose(", ", (2, 0, 1))[None]")
-bad(EVERY, "features", np.zeros((3, 40, 3)), ValueError, "[None] if it is (C, H, W)", "(2, 0, 1))[None] if it is (H, W, C)")
+bad(
+    EVERY, "features", np.zeros((30, 40, 3), np.uint8), ValueError, "(30, 40, 3)", "np.transpose(", ", (2, 0, 1))[None]"
+)
+bad(
+    EVERY,
+    "features",
+    np.zeros((3, 40, 3)),
+    ValueError,
+    "[None] if it is (C, H, W)",
+    "(2, 0, 1))[None] if it is (H, W, C)",
+)
 bad(EVERY, "features", FEATURES[:, :, None], ValueError, "(2, 3, 1, 8, 9)", "3-D", ".reshape(N, C * D, H, W)")
 bad(EVERY, "features", FEATURES[:, :, :0], ValueError, "(2, 3, 0, 9)", "H >= 1")
 bad(EVERY, "features", FEATURES[:, :, :, :0], ValueError, "(2, 3, 8, 0)", "W >= 1")

@@ -82,7 +82,9 @@ WAYS = {
     "vmap": lambda f, b: torch.func.vmap(crop)(torch.stack([f, 2 * f]), torch.stack([b, b + 0.25])),
     "jvp": lambda f, b: torch.func.jvp(crop, (f, b), (f, b)),
     "hessian": lambda f, b: torch.func.hessian(loss, argnums=1)(f, b),
-    "a pullback that outlives its transform": lambda f, b: torch.func.vjp(crop, f, b)[1](torch.ones(2, 3, 3, 3).double()),
+    "a pullback that outlives its transform": lambda f, b: torch.func.vjp(crop, f, b)[1](
+        torch.ones(2, 3, 3, 3).double()
+    ),
     "dual numbers": dual,
     "old batches": batched,
     "make_fx": lambda f, b: make_fx(crop)(f + 1, b)(f, b),
@@ -103,7 +105,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning"
+)
 @pytest.mark.parametrize(("module", "name"), ALL, ids=[name for _, name in ALL])
 def test_without_a_name(module, name, without):
     expected = {way: function(FEATURES, BOXES) for way, function in WAYS.items()}
@@ -150,7 +154,9 @@ def test_private_names_are_in_one_place():
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "torch":
                 names = [*node.module.split("."), *(alias.name for alias in node.names)]
             elif isinstance(node, ast.Import):
-                names = [part for alias in node.names for part in alias.name.split(".") if alias.name.startswith("torch")]
+                names = [
+                    part for alias in node.names for part in alias.name.split(".") if alias.name.startswith("torch")
+                ]
             elif isinstance(node, ast.Attribute):
                 chain = ast.unparse(node)
                 names = chain.split(".") if chain.startswith(("torch.", "forward_ad.")) else []

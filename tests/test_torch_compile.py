@@ -544,6 +544,29 @@ def test_export():
 
 
 @pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("way", ["indices", "rows"])
+def test_export_of_any_number_of_images(way, strict):
+    f, b = (tensor.detach() for tensor in some_boxes())
+    i = torch.tensor([0, 1, 2, 1])
+
+    class Model(torch.nn.Module):
+        def forward(self, f, b, i):
+            return WAYS[way](f, b, i)
+
+    shapes = {"f": {0: torch.export.Dim("images")}, "b": None, "i": None}
+    program = torch.export.export(Model(), (f, b, i), dynamic_shapes=shapes, strict=strict).module()
+    other = torch.cat([f, f + 1])
+    assert torch.equal(program(other, b, i + 2), WAYS[way](other, b, i + 2))
+
+
+def test_a_column_that_is_too_narrow_in_a_graph():
+    rows = torch.zeros(1, 5, dtype=torch.bfloat16)
+    function = torch.compile(lambda f: crt.roi_align(f, rows, 1), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="of dtype bfloat16 cannot hold a batch index above 256 exactly"):
+        function(torch.zeros(258, 1, 2, 2))
+
+
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("way", ["indices", "rows", pytest.param("a list", marks=since(2, 8))])
 def test_export_of_a_number_of_boxes_that_only_the_data_know(way, strict):
     f, b = (tensor.detach() for tensor in some_boxes())

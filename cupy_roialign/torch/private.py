@@ -22,7 +22,7 @@ def _find(module: str, name: str) -> Any:
 # ---- whether what is called is recorded ----
 
 is_dynamo_compiling: Callable[[], bool] = _find("torch.compiler", "is_dynamo_compiling") or torch.compiler.is_compiling
-is_tracing: Callable[[], bool] = _find("torch", "_C._is_tracing") or torch.jit.is_tracing
+is_tracing: Callable[[], bool] = _find("torch", "_C._is_tracing") or _find("torch.jit", "is_tracing")
 dispatch_modes: Callable[[], int]
 """How many modes, of make_fx or fake tensors say, see every operator. Unknown: one may, so calls are slow operators."""
 
