@@ -325,7 +325,7 @@ def test_lists_of_numbers_are_boxes(make, backend):
     np.testing.assert_array_equal(backend(cr.roi_align, features, make(rows.tolist()), 3), expected)
     actual = backend(cr.roi_align, features, make(boxes.tolist()), 3, batch_indices=INDICES)
     np.testing.assert_array_equal(actual, expected)
-    by_image = [boxes[INDICES == i] for i in (0, 1)]
+    by_image = [boxes[np.equal(INDICES, i)] for i in (0, 1)]
     expected = backend(cr.roi_align, features, by_image, 3)
     listed = [part.tolist() for part in by_image]
     np.testing.assert_array_equal(backend(cr.roi_align, features, make(listed), 3), expected)

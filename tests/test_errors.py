@@ -397,9 +397,9 @@ def test_errors_name_arguments_as_the_caller_knows_them():
     for make, name in ((crt.RoIAlign, "featuremap"), (crt.CropAndResize, "image")):
         with pytest.raises(ValueError, match=f"^{name} must have 4 axes"):
             make(2, 2)(features[0], boxes, indices)
-        with pytest.raises(ValueError, match="^box_ind must have shape"):
+        with pytest.raises(ValueError, match=r"^box_ind must have shape"):
             make(2, 2)(features, boxes, indices[:1])
-    with pytest.raises(ValueError, match="^box_ind must have shape"):
+    with pytest.raises(ValueError, match=r"^box_ind must have shape"):
         crt.CropAndResizeFunction.apply(features, boxes, indices[:1], 2, 2)
 
 

@@ -129,10 +129,14 @@ CIRCLES = {
     "by the root": {"__init__.py": "from package.a import f", "a.py": "import package"},
 }
 NO_CIRCLES = {
-    "a module of its package": {"sub/__init__.py": "from . import c\nfrom package.sub import d", "sub/c.py": "", "sub/d.py": "from package.sub import c"},
-    "by its name at run time": {"a.py": "from package import b", "b.py": "import importlib\nimportlib.import_module('package.a')"},
+    "a module of its package": {
+        "sub/__init__.py": "from . import c\nfrom package.sub import d",
+        "sub/c.py": "",
+        "sub/d.py": "from package.sub import c",
+    },
+    "by its name at run time": {"a.py": "from package import b", "b.py": "import_module('package.a')"},
     "of another library": {"a.py": "import a, sub.package.a\nfrom torch import package"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("text", [*CIRCLES.values(), *NO_CIRCLES.values()], ids=[*CIRCLES, *NO_CIRCLES])

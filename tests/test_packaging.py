@@ -104,7 +104,7 @@ def test_works_where_only_it_and_numpy_are(wheel, tmp_path):
         "try:\n    import cupy_roialign.torch\nexcept ModuleNotFoundError as error:\n    print(error)\n"
     )
     done = subprocess.run(
-        [python, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [python, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["[2.5 4.5 6.5]", "No module named 'torch'"]
