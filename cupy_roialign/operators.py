@@ -304,7 +304,8 @@ def vjp(operator: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any
     """
     if not any(operator is known for known in _CALLS):
         names = ", ".join(known.__name__ for known in _CALLS)
-        got = getattr(operator, "__name__", None) or type(operator).__name__
+        got = getattr(operator, "__qualname__", type(operator).__name__)
+        got = f"{getattr(operator, '__module__', '')}.{got}"
         raise TypeError(
             f"operator must be one of {names} of this package; got {got}; pass the operator itself, and its arguments "
             f"behind it: vjp(roi_align, features, boxes, ...)"

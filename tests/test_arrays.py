@@ -302,6 +302,16 @@ def test_an_array_that_numpy_cannot_take():
         pullback(Odd(output.array))
 
 
+def test_subclasses_of_cupy_arrays(cupy):
+    derived = type("Derived", (cupy.ndarray,), {"__module__": "elsewhere"})
+    given = [cupy.asarray(array) for array in (values(), PIXEL_BOXES, INDICES)]
+    own = [derived(a.shape, a.dtype, a.data, a.strides) for a in given]
+    output = cr.roi_crop(*own, 3)
+    assert type(output) is cupy.ndarray
+    np.testing.assert_array_equal(output.get(), cr.roi_crop(*given, 3).get())
+    np.testing.assert_array_equal(cr.roi_crop(own[0], *given[1:], 3).get(), output.get())
+
+
 # ---- numbers in place of arrays ----
 
 

@@ -91,7 +91,15 @@ has_shortcut = bool(unwrap_if_dead and _transforms_active and _find("torch.autog
 
 # ---- batches of torch.autograd, which are older than those of torch.func ----
 
-_key = _find("torch", "_C._parse_dispatch_key") or (lambda name: None)
+
+def _key(name: str) -> Any:
+    parse = _find("torch", "_C._parse_dispatch_key")
+    try:
+        return parse and parse(name)
+    except RuntimeError:  # there is no such key
+        return None
+
+
 _included = _find("torch", "_C._dispatch_tls_is_dispatch_key_included")
 _keys_of = _find("torch", "_C._dispatch_keys")
 _vmap_mode, _batched = _key("VmapMode"), _key("Batched")
