@@ -90,12 +90,13 @@ class ArrayAdapter:
         return contextlib.nullcontext() if self._library is np else array.device
 
 
-_MODULES = {"of_cupy": "cupy_roialign.gpu.cupy_arrays", "of_torch": "cupy_roialign.torch.adapter"}
+_MODULES = {"of_torch": "cupy_roialign.torch.adapter"}
 
 
 def __getattr__(name: str) -> Any:
-    # By name and when first used: NumPy alone must do, and a package that builds on the operators may have an adapter.
+    # By name and when first used, since the package that has this adapter builds on the operators, which ask for it.
     # Here rather than in a function, because torch.compile cannot trace an import by name.
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module(_MODULES[name])
+    module = globals()[name] = importlib.import_module(_MODULES[name])
+    return module

@@ -23,6 +23,9 @@ def _as_numpy(name: str, array: np.ndarray) -> np.ndarray:
     return np.asarray(array)
 
 
+_NUMPY = ArrayAdapter(cpu, take=_as_numpy)
+
+
 def _over_dlpack(name: str, array: Any) -> np.ndarray:
     try:
         return np.from_dlpack(array)
@@ -44,6 +47,7 @@ def adapter(kept: bool, features: tuple[str, Any], /, **others: Any) -> tuple[Ad
         if not isinstance(value, NUMBERS):
             named[other] = value
     library, place = together(named)
+    chosen: Adapter
     if library == "torch":
         if place.startswith("cuda"):
             _need_cupy(name, first)
@@ -51,9 +55,9 @@ def adapter(kept: bool, features: tuple[str, Any], /, **others: Any) -> tuple[Ad
             raise TypeError(_out_of_reach(name, first))
         chosen, taken = adapters.of_torch.adapter(named, kept)
     else:
-        chosen = _array_adapter(library, place, name, first)
-        taken = {other: chosen.take(other, array) for other, array in named.items()}
-    return chosen, [taken[name], *(taken.get(other, value) for other, value in others.items())]
+        chosen = arrays = _array_adapter(library, place, name, first)
+        taken = {other: arrays.take(other, array) for other, array in named.items()}
+    return chosen, [taken[name], *[taken.get(other, value) for other, value in others.items()]]
 
 
 def together(named: dict[str, Any]) -> tuple[str, str]:
@@ -88,13 +92,15 @@ def _array_adapter(library: str, place: str, name: str, first: Any) -> ArrayAdap
     if library == "cupy" and place.endswith("(ROCm)"):
         from cupy_roialign.diagnose import problems
 
-        raise TypeError(f"{_out_of_reach(name, first)}: {problems.rocm(problems.machine())}")
+        raise TypeError(_out_of_reach(name, first, str(problems.rocm(problems.machine()))))
     if library == "cupy":
-        return ArrayAdapter(adapters.of_cupy, sys.modules["cupy"])
+        from cupy_roialign.gpu import cupy_arrays
+
+        return ArrayAdapter(cupy_arrays, sys.modules["cupy"])
     if place != _CPU:
         raise TypeError(_out_of_reach(name, first))
     if library == "numpy":
-        return ArrayAdapter(cpu, take=_as_numpy)
+        return _NUMPY
     namespace = getattr(first, "__array_namespace__", None)
     if namespace is None:
         raise TypeError(
@@ -104,15 +110,16 @@ def _array_adapter(library: str, place: str, name: str, first: Any) -> ArrayAdap
     return ArrayAdapter(cpu, take=_over_dlpack, give=namespace().from_dlpack)
 
 
-def _out_of_reach(name: str, array: Any) -> str:
+def _out_of_reach(name: str, array: Any, why: str = "copy it there first") -> str:
     wanted = "in the CPU's memory, a CuPy array or a CUDA tensor"
-    return f"{name} must be {wanted}; got {_describe(array)}; copy it there first"
+    return f"{name} must be {wanted}; got {_describe(array)}; {why}"
 
 
 def _need_cupy(name: str, tensor: Any) -> None:
-    """CuPy for CUDA: to torch a GPU of AMD's is a "cuda" device as well."""
+    """Raises where there is no CuPy, or the GPU is AMD's, which to torch is a "cuda" device as well."""
     if getattr(sys.modules["torch"].version, "hip", None):
-        raise TypeError(f"{_out_of_reach(name, tensor)}: this PyTorch is built for ROCm, and the kernels for CUDA")
+        why = "this PyTorch is built for ROCm, and the kernels are written for CUDA; copy it to the CPU"
+        raise TypeError(_out_of_reach(name, tensor, why))
     try:
         import cupy  # noqa: F401
     except Exception as error:

@@ -304,7 +304,8 @@ def vjp(operator: Callable[..., Any], /, *args: Any, **kwargs: Any) -> tuple[Any
     """
     if not any(operator is known for known in _CALLS):
         names = ", ".join(known.__name__ for known in _CALLS)
-        got = getattr(operator, "__name__", None) or type(operator).__name__
+        got = getattr(operator, "__qualname__", type(operator).__name__)
+        got = f"{getattr(operator, '__module__', '')}.{got}"
         raise TypeError(
             f"operator must be one of {names} of this package; got {got}; pass the operator itself, and its arguments "
             f"behind it: vjp(roi_align, features, boxes, ...)"
@@ -368,29 +369,30 @@ def _is_by_image(boxes: Sequence[Any], batch_indices: Any) -> bool:
     if not boxes:
         return batch_indices is None
     return not all(
-        validation.is_real(part) or (isinstance(part, (list, tuple)) and part and not isinstance(part[0], (list, tuple)))
+        validation.is_real(part)
+        or (isinstance(part, (list, tuple)) and part and not isinstance(part[0], (list, tuple)))
         for part in boxes
     )
 
 
 def _boxes(adapter: Adapter, name: str, boxes: Any, features: Any, columns: tuple[int, ...]) -> Any:
     """(K, columns) boxes, from an array or a list of rows."""
-    if isinstance(boxes, (list, tuple)):
-        real = "float64" if arrays.dtype_name(features) == "float64" else "float32"
-        return adapter.array(*validation.rows(name, boxes, columns), real, features)
-    if isinstance(boxes, dispatch.NUMBERS):
+    if not isinstance(boxes, dispatch.NUMBERS):
+        validation.boxes(name, boxes, columns)
+        return boxes
+    if not isinstance(boxes, (list, tuple)):
         raise dispatch.not_an_array(name, boxes)
-    validation.boxes(name, boxes, columns)
-    return boxes
+    real = "float64" if arrays.dtype_name(features) == "float64" else "float32"
+    return adapter.array(*validation.rows(name, boxes, columns), real, features)
 
 
 def _indices(adapter: Adapter, name: str, indices: Any, boxes_name: str, count: int, features: Any) -> Any:
     """(K,) batch indices, from an array, a list of ints, or an int for all boxes."""
+    if not isinstance(indices, dispatch.NUMBERS):
+        validation.batch_indices(name, indices, boxes_name, count)
+        return indices
     images = features.shape[0]
     if isinstance(indices, (list, tuple)):
         numbers = validation.listed_indices(name, indices, boxes_name, count, images)
         return adapter.array(numbers, (count,), "int64", features)
-    if isinstance(indices, dispatch.NUMBERS):
-        return adapter.full(count, validation.listed_index(name, indices, images), features)
-    validation.batch_indices(name, indices, boxes_name, count)
-    return indices
+    return adapter.full(count, validation.listed_index(name, indices, images), features)

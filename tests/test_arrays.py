@@ -252,6 +252,35 @@ def test_an_array_of_another_library_comes_back_as_its_own_kind():
     np.testing.assert_array_equal(listed.array, cr.roi_align(values(), [rows[:2, 1:], rows[2:, 1:]], 3))
 
 
+class Strict(Foreign):
+    """Takes an index for each axis, and has no length, as the array API has it."""
+
+    __len__ = None
+
+    def __getitem__(self, key):
+        if not isinstance(key, tuple) or len(key) != len(self.shape):
+            raise IndexError(f"{key} is no index of {len(self.shape)} axes")
+        return Strict(self.array[key])
+
+    def __array_namespace__(self):
+        return Strict
+
+    @staticmethod
+    def from_dlpack(array):
+        return Strict(np.from_dlpack(array))
+
+
+def test_vjp_of_arrays_that_take_an_index_for_each_axis():
+    boxes = [PIXEL_BOXES[:1], PIXEL_BOXES[1:]]
+    output, pullback = cr.vjp(cr.roi_align, Strict(values()), [*map(Strict, boxes)], 3)
+    expected, expected_pullback = cr.vjp(cr.roi_align, values(), boxes, 3)
+    np.testing.assert_array_equal(output.array, expected)
+    grad, parts = pullback(Strict(np.ones_like(expected)))
+    expected_grad, expected_parts = expected_pullback(np.ones_like(expected))
+    for a, b in zip([grad, *parts], [expected_grad, *expected_parts], strict=True):
+        np.testing.assert_array_equal(a.array, b)
+
+
 def test_an_array_that_cannot_be_made_again():
     class Mute(Foreign):
         __array_namespace__ = None
@@ -273,22 +302,109 @@ def test_an_array_that_numpy_cannot_take():
         pullback(Odd(output.array))
 
 
-@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
-def test_results_do_not_depend_on_how_the_work_is_cut(sparse, monkeypatch):
-    """A workspace of a few kilobytes: many chunks of boxes, and channels one at a time."""
-    from cupy_roialign import numpy_backend, numpy_job
+def test_subclasses_of_cupy_arrays(cupy):
+    derived = type("Derived", (cupy.ndarray,), {"__module__": "elsewhere"})
+    given = [cupy.asarray(array) for array in (values(), PIXEL_BOXES, INDICES)]
+    own = [derived(a.shape, a.dtype, a.data, a.strides) for a in given]
+    output = cr.roi_crop(*own, 3)
+    assert type(output) is cupy.ndarray
+    np.testing.assert_array_equal(output.get(), cr.roi_crop(*given, 3).get())
+    np.testing.assert_array_equal(cr.roi_crop(own[0], *given[1:], 3).get(), output.get())
 
-    monkeypatch.setattr(numpy_backend, "SPARSE", sparse)
-    rng = np.random.default_rng(6)
-    features = rng.standard_normal((2, 20, 40, 40), dtype=np.float32)
-    boxes, indices = rng.uniform(-2, 42, (25, 4)).astype(np.float32), rng.integers(0, 2, 25)
-    cotangent = rng.standard_normal((25, 20, 20, 20), dtype=np.float32)
 
-    def run():
-        output, pullback = cr.vjp(cr.roi_align, features, boxes, 20, 1.0, 2, batch_indices=indices)
-        return output, *pullback(cotangent)
+# ---- numbers in place of arrays ----
 
-    whole = run()
-    monkeypatch.setattr(numpy_job, "WORKSPACE", 20_000)
-    for a, b, allowed in zip(run(), whole, [tolerance.OUTPUT, tolerance.GRADIENT, tolerance.GRADIENT], strict=True):
-        tolerance.assert_close(a, b, allowed["float32"])
+
+def tuples(numbers):
+    return tuple(map(tuples, numbers)) if isinstance(numbers, list) else numbers
+
+
+def numpy_numbers(numbers):
+    return [numpy_numbers(part) if isinstance(part, list) else np.float32(part) for part in numbers]
+
+
+@pytest.mark.parametrize("make", [lambda numbers: numbers, tuples, numpy_numbers])
+def test_lists_of_numbers_are_boxes(make, backend):
+    boxes = PIXEL_BOXES.astype(np.float32)
+    rows = np.concatenate([INDICES[:, None].astype(np.float32), boxes], axis=1)
+    features = values()
+    for operator in (cr.roi_crop, cr.crop_and_resize):
+        expected = backend(operator, features, boxes, INDICES, 3)
+        np.testing.assert_array_equal(backend(operator, features, make(boxes.tolist()), INDICES, 3), expected)
+    expected = backend(cr.roi_align, features, rows, 3)
+    np.testing.assert_array_equal(backend(cr.roi_align, features, make(rows.tolist()), 3), expected)
+    actual = backend(cr.roi_align, features, make(boxes.tolist()), 3, batch_indices=INDICES)
+    np.testing.assert_array_equal(actual, expected)
+    by_image = [boxes[np.equal(INDICES, i)] for i in (0, 1)]
+    expected = backend(cr.roi_align, features, by_image, 3)
+    listed = [part.tolist() for part in by_image]
+    np.testing.assert_array_equal(backend(cr.roi_align, features, make(listed), 3), expected)
+
+
+def test_lists_of_ints_are_indices(backend):
+    features, boxes = values(), PIXEL_BOXES.astype(np.float32)
+    expected = backend(cr.roi_crop, features, boxes, INDICES, 3)
+    for indices in (INDICES.tolist(), tuple(INDICES.tolist()), list(INDICES.astype(np.uint8))):
+        np.testing.assert_array_equal(backend(cr.roi_crop, features, boxes, indices, 3), expected)
+        actual = backend(cr.crop_and_resize, features, boxes / 10, indices, 3)
+        np.testing.assert_array_equal(actual, backend(cr.crop_and_resize, features, boxes / 10, INDICES, 3))
+        actual = backend(cr.roi_align, features, boxes, 3, batch_indices=indices)
+        np.testing.assert_array_equal(actual, backend(cr.roi_align, features, boxes, 3, batch_indices=INDICES))
+
+
+@pytest.mark.parametrize("index", [1, np.int64(1), np.uint8(1)])
+def test_an_int_puts_all_boxes_on_one_image(index, backend):
+    features, boxes, all_of_it = values(), PIXEL_BOXES.astype(np.float32), np.ones(4, np.int64)
+    expected = backend(cr.roi_crop, features, boxes, all_of_it, 3)
+    np.testing.assert_array_equal(backend(cr.roi_crop, features, boxes, index, 3), expected)
+    expected = backend(cr.roi_align, features, boxes, 3, batch_indices=all_of_it)
+    np.testing.assert_array_equal(backend(cr.roi_align, features, boxes, 3, batch_indices=index), expected)
+    assert backend(cr.roi_crop, features, boxes[:0], index, 3).shape == (0, 3, 3, 3)
+
+
+@pytest.mark.parametrize("index", [2, -1])
+def test_numbers_are_checked_on_every_device(index, backend):
+    """Without `checked`: there is nothing to wait for."""
+    for indices in (index, [0, 0, index, 0]):
+        with pytest.raises(IndexError, match=f"is {index}; expected a whole number in"):
+            backend(cr.roi_crop, values(), PIXEL_BOXES.astype(np.float32), indices, 3)
+
+
+def test_how_deep_lists_are(backend):
+    """Rows of numbers are one array; all else has an entry for each image."""
+    features, (a, b, *_) = values(), PIXEL_BOXES.astype(np.float32).tolist()
+    expected = [backend(cr.roi_crop, features, [a, b], [0, 1], 3), backend(cr.roi_align, features, [[a], [b]], 3)]
+    np.testing.assert_array_equal(backend(cr.roi_align, features, [[0, *a], [1, *b]], 3), expected[1])
+    if backend.name in ("plain", "compiled"):
+        np.testing.assert_array_equal(cr.roi_align(features, [np.array([a], np.float32), [b]], 3), expected[1])
+    np.testing.assert_array_equal(
+        backend(cr.roi_align, features, [[], [a, b]], 3)[0], backend(cr.roi_align, features, [a], 3, batch_indices=1)[0]
+    )
+    for boxes, options in (([[], []], {}), ([], {"batch_indices": []}), ([], {"batch_indices": 0})):
+        assert backend(cr.roi_align, features, boxes, 3, **options).shape == (0, 3, 3, 3)
+    assert backend(cr.roi_align, features[:0], [], 3).shape == (0, 3, 3, 3)
+    assert backend(cr.roi_crop, features, [], [], 3).shape == (0, 3, 3, 3)
+    assert np.isnan(backend(cr.roi_crop, features, [[1e300, 0, 1, 1], [np.nan, 0, 1, 1]], [0, 1], 3)).all()
+    assert np.isfinite(backend(cr.roi_crop, features.astype(np.float64), [[1e300, 0, 1, 1]], [0], 3)).all()
+
+
+@pytest.mark.parametrize("real", [np.float32, np.float64, np.float16, np.uint8])
+@pytest.mark.parametrize("make", [np.asarray, Foreign, "torch", "emulated"])
+def test_gradients_of_boxes_that_were_numbers(make, real, request):
+    features = values(dtype=real)
+    if make == "torch":
+        make = pytest.importorskip("torch").from_numpy
+    elif make == "emulated":
+        make = request.getfixturevalue("emulated").asarray
+    wide = np.float64 if real == np.float64 else np.float32
+    (one, other), ones = PIXEL_BOXES[:2].tolist(), np.ones((2, 3, 3, 3), np.float32)
+    _, expected = cr.vjp(cr.roi_align, features, [np.array([b], wide) for b in (one, other)], 3)
+    for boxes, options in (([[one], [other]], {}), ([one, other], {"batch_indices": [0, 1]})):
+        output, pullback = cr.vjp(cr.roi_align, make(features), boxes, 3, **options)
+        grad_features, grad_boxes = pullback(make(ones))
+        parts = grad_boxes if isinstance(grad_boxes, list) else [grad_boxes]
+        assert isinstance(grad_boxes, list) == (not options)
+        assert all(type(part) is type(grad_features) is type(output) for part in parts)
+        assert all(str(np.dtype(wide)) in str(part.dtype) for part in parts)
+        if isinstance(output, np.ndarray):
+            np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(expected(ones)[1]))

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import cupy_roialign as cr
-from cupy_roialign import numpy_backend
+from cupy_roialign.cpu import backend as cpu
 from tests.test_gradients import CALLS
 
 torch = pytest.importorskip("torch")
-autograd = pytest.importorskip("cupy_roialign.autograd")
+from cupy_roialign.torch import batching  # noqa: E402
 
 BOXES = torch.tensor([[1.31, 0.72, 8.25, 6.18], [2.2, 1.6, 4.4, 5.9]], dtype=torch.float64)
 INDICES = torch.tensor([0, 1])
@@ -165,9 +165,9 @@ def calls(monkeypatch):
     """The names of the backend's functions, in the order in which they are called."""
     names = []
     for name in ("forward", "feature_gradient", "box_gradient"):
-        original = getattr(numpy_backend, name)
+        original = getattr(cpu, name)
         monkeypatch.setattr(
-            numpy_backend, name, lambda *args, _name=name, _original=original: names.append(_name) or _original(*args)
+            cpu, name, lambda *args, _name=name, _original=original: names.append(_name) or _original(*args)
         )
     return names
 
@@ -282,11 +282,9 @@ def test_nothing_in_a_batch():
 
 def test_many_cotangents_are_channels_of_one_call():
     seen = []
-    original = numpy_backend.feature_gradient
+    original = cpu.feature_gradient
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            numpy_backend, "feature_gradient", lambda g, f, *rest: seen.append(f.shape) or original(g, f, *rest)
-        )
+        patch.setattr(cpu, "feature_gradient", lambda g, f, *rest: seen.append(f.shape) or original(g, f, *rest))
         torch.func.jacrev(lambda f: cr.roi_crop(f, BOXES, INDICES, 1))(FEATURES)
     assert seen == [(2, 2 * 4, 8, 11)]
 
@@ -438,7 +436,7 @@ def test_batches_are_seen_from_another_thread():
         found = []
 
         def look(tensor):
-            found.append(pool.submit(autograd._level, tensor).result())
+            found.append(pool.submit(batching.level, tensor).result())
             return tensor
 
         vmap = torch._vmap_internals._vmap

@@ -1,47 +1,89 @@
-"""Derivatives of crops along changes of the boxes: what second derivatives and forward mode are made of."""
+"""Derivatives of crops along directions of the boxes: what second derivatives and forward mode are made of."""
+
+import contextlib
 
 import numpy as np
 import pytest
 
-from cupy_roialign import numpy_backend
-from cupy_roialign.geometry import Dialect, Rule, terms
-from tests import tolerance
+from cupy_roialign import rule as rules
+from cupy_roialign.cpu import backend as cpu
+from cupy_roialign.rule import terms
+from tests import backends, tolerance
 
-X1_Y1_X2_Y2 = (1, 0, 3, 2)
 RULES = {
-    "roi_align": Rule(Dialect.ROI_ALIGN, (4, 5), X1_Y1_X2_Y2, 0.5, 2, aligned=True),
-    "roi_align, adaptive": Rule(Dialect.ROI_ALIGN, (2, 3), (2, 1, 4, 3), 1.0, 0),
-    "roi_align, many bins": Rule(Dialect.ROI_ALIGN, (20, 18), X1_Y1_X2_Y2, 1.0, 1, aligned=True),
-    "roi_crop": Rule(Dialect.ROI_CROP_CENTERS, (4, 5), X1_Y1_X2_Y2, extrapolation_value=3.0),
-    "roi_crop, corners": Rule(Dialect.ROI_CROP_CORNERS, (1, 5), X1_Y1_X2_Y2),
-    "crop_and_resize": Rule(Dialect.CROP_AND_RESIZE, (4, 1), (0, 1, 2, 3), extrapolation_value=3.0),
-    "nearest": Rule(Dialect.CROP_AND_RESIZE, (4, 3), (0, 1, 2, 3), nearest=True),
+    "roi_align": rules.roi_align((4, 5), 0.5, 2, aligned=True),
+    "roi_align, adaptive": rules.roi_align((2, 3), columns=rules.BATCH_X1_Y1_X2_Y2),
+    "roi_align, many bins": rules.roi_align((20, 18), 1.0, 1, aligned=True),
+    "roi_crop": rules.roi_crop((4, 5), extrapolation_value=3.0),
+    "roi_crop, corners": rules.roi_crop((1, 5), centers=False),
+    "crop_and_resize": rules.crop_and_resize((4, 1), extrapolation_value=3.0),
+    "nearest": rules.crop_and_resize((4, 3), nearest=True),
 }
 
 
-class OnGpu:
-    """The functions of a backend for CuPy arrays, with NumPy arrays in and out."""
+class Functions:
+    """A backend's functions, or the family of torch's, with NumPy arrays in and out."""
 
-    def __init__(self, cupy):
-        self.cupy = cupy
+    def __init__(self, call, to, back):
+        self.call, self.to, self.back = call, to, back
 
     def __getattr__(self, name):
-        from cupy_roialign import cupy_backend
-
-        def call(*args):
-            return getattr(cupy_backend, name)(*map(self.convert, args)).get()
-
-        return call
+        return lambda *args: self.back(self.call(name, *map(self.convert, args)))
 
     def convert(self, value):
-        if isinstance(value, (list, tuple)):
+        if isinstance(value, list):
             return [self.convert(part) for part in value]
-        return self.cupy.asarray(value) if isinstance(value, np.ndarray) else value
+        return self.to(value) if isinstance(value, np.ndarray) else value
 
 
-@pytest.fixture(params=["numpy", "emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+NAMES = {"forward": "crops", "feature_gradient": "to_features", "box_gradient": "to_boxes"}
+
+
+def of_torch(kind, place):
+    """What autograd calls in eager mode, and the operators of graphs."""
+    torch = pytest.importorskip("torch")
+    from cupy_roialign.arrays import ArraySpec
+    from cupy_roialign.torch import eager, graph
+
+    family = graph.FAMILY if kind == "graph" else eager.EAGER
+
+    def call(name, *args):
+        args = [*args] if isinstance(args[-1], list) else [*args, []]
+        if name == "feature_gradient":
+            args[1] = ArraySpec.of(args[1])
+        with place():
+            return getattr(family, NAMES[name])(*args)
+
+    return Functions(call, torch.from_numpy, lambda tensor: tensor.numpy())
+
+
+@pytest.fixture(
+    params=[
+        "plain",
+        "compiled",
+        "emulated",
+        "torch",
+        "graph",
+        "emulated-torch",
+        pytest.param("gpu", marks=pytest.mark.gpu),
+    ]
+)
 def functions(request):
-    return numpy_backend if request.param == "numpy" else OnGpu(request.getfixturevalue(request.param))
+    if request.param in ("plain", "compiled"):
+        if request.param == "compiled":
+            pytest.importorskip("numba")
+        with backends.way(request.param):
+            yield cpu
+    elif request.param in ("emulated", "gpu"):
+        cupy = request.getfixturevalue(request.param)
+        from cupy_roialign.gpu import cupy_arrays
+
+        yield Functions(lambda name, *args: getattr(cupy_arrays, name)(*args), cupy.asarray, lambda array: array.get())
+    elif request.param == "emulated-torch":
+        request.getfixturevalue("emulated")
+        yield of_torch("torch", backends.EmulatedTorchBackend().device)
+    else:
+        yield of_torch(request.param, contextlib.nullcontext)
 
 
 @pytest.fixture(params=[3, 20], ids=["few channels", "many channels"])
@@ -57,7 +99,7 @@ def case(request, channels):
     features = rng.standard_normal((2, channels, 17, 19)) + 4
     low = rng.uniform(-3, 12, (8, 2))
     boxes = np.concatenate([low, low + rng.uniform(2, 12, (8, 2))], axis=1)
-    if rule.dialect is Dialect.CROP_AND_RESIZE:
+    if rule.frame == rules.Frame.NORMALIZED:
         boxes /= 18
     boxes /= rule.spatial_scale
     indices = rng.integers(0, 2, 8)
@@ -83,7 +125,7 @@ def test_the_derivative_is_the_transpose_of_the_gradient(case, functions):
     both = functions.forward(features, *taken, [u, v])
     gradient = functions.box_gradient(cotangent, features, *taken, [v])
     assert inner(cotangent, both) == pytest.approx(inner(u, gradient, rule), rel=1e-9, abs=1e-9)
-    if not rule.nearest:
+    if rule.taps != rules.Taps.NEAREST:
         assert np.abs(along).max() > 0.1
         assert rule.bins == (1, 5) or np.abs(both).max() > 0.01
     else:
@@ -138,7 +180,7 @@ def test_float32(case, functions):
 
 def test_infinite_pixels_keep_their_sign(functions):
     """A derivative has weights of both signs."""
-    rule = Rule(Dialect.ROI_CROP_CORNERS, (1, 1), X1_Y1_X2_Y2)
+    rule = rules.roi_crop((1, 1), centers=False)
     features = np.zeros((1, 1, 1, 6))
     features[..., 3] = np.inf
     right = np.array([[1.0, 0, 1, 0]])
@@ -151,7 +193,7 @@ def test_clamped_samples_have_no_derivative(functions):
     """Not even one that rounding leaves of changes that cancel."""
     rng = np.random.default_rng(7)
     features = np.full((1, 1, 3, 3), np.inf)
-    rule = Rule(Dialect.ROI_ALIGN, (1, 1), X1_Y1_X2_Y2, 1.0, 7, aligned=True)
+    rule = rules.roi_align((1, 1), 1.0, 7, aligned=True)
     boxes = np.tile([-0.4, -0.4, 0.4, 0.4], (50, 1))
     changes = rng.standard_normal((2, 50, 4))
     for some in (changes[:1], changes):
@@ -170,7 +212,7 @@ def test_changes_of_float32_boxes_are_worked_out_in_the_precision_of_float64_fea
     features, indices = rng.standard_normal((1, 2, 17, 19)), np.zeros(8, np.int64)
     low, *directions = rng.uniform(0, 9, (3, 8, 4)).astype(np.float32)
     boxes = low + np.float32([0, 0, 30, 30])
-    rule = Rule(Dialect.ROI_ALIGN, (3, 4), X1_Y1_X2_Y2, 0.3, 2)
+    rule = rules.roi_align((3, 4), 0.3, 2)
     for some in (directions[:1], directions):
         wide = [rows.astype(np.float64) for rows in (boxes, *some)]
         expected = functions.forward(features, wide[0], indices, rule, wide[1:])

@@ -1,18 +1,23 @@
 """Bad arguments: each error names the argument, what came and what was expected. Broken boxes: a defined answer."""
 
+import fractions
+import sys
+import types
+
 import numpy as np
 import pytest
 
 import cupy_roialign as cr
+from cupy_roialign import dispatch
 from tests import tolerance
 
 FEATURES = np.arange(2 * 3 * 8 * 9, dtype=np.float32).reshape(2, 3, 8, 9)
-NORMALISED = np.array([[0.1, 0.2, 0.8, 0.9], [0.0, 0.0, 1.0, 1.0]], np.float32)
+NORMALIZED = np.array([[0.1, 0.2, 0.8, 0.9], [0.0, 0.0, 1.0, 1.0]], np.float32)
 PIXELS = np.array([[1, 1, 5, 6], [0, 2, 7, 4]], np.float32)
 INDICES = np.array([0, 1])
 ROWS = np.concatenate([INDICES[:, None].astype(np.float32), PIXELS], axis=1)
 
-CROP_AND_RESIZE = {"image": FEATURES, "boxes": NORMALISED, "box_indices": INDICES, "crop_size": (2, 3)}
+CROP_AND_RESIZE = {"image": FEATURES, "boxes": NORMALIZED, "box_indices": INDICES, "crop_size": (2, 3)}
 ROI_CROP = {"features": FEATURES, "boxes": PIXELS, "box_indices": INDICES, "crop_size": (2, 3)}
 ROI_ALIGN = {"features": FEATURES, "boxes": ROWS, "output_size": (2, 3)}
 PER_BOX = {"features": FEATURES, "boxes": PIXELS, "output_size": (2, 3), "batch_indices": INDICES}
@@ -25,6 +30,16 @@ CALLS = {
     "roi_align, batch_indices": (cr.roi_align, PER_BOX),
     "roi_align, list": (cr.roi_align, LISTED),
 }
+
+
+class Long(int):
+    """An int of more digits than Python writes out."""
+
+    def __str__(self):
+        return "1 followed by many zeros"
+
+
+LONG = Long(10**5000)
 
 # (call, argument, value, error, what the message says)
 BAD = []
@@ -51,7 +66,19 @@ bad(EVERY, "features", None, TypeError, "NoneType", "must be an array", "numpy.a
 bad(EVERY, "features", [[[[1.0]]]], TypeError, "list", "numpy.asarray")
 bad(EVERY, "features", "photo.png", TypeError, "str")
 bad(EVERY, "features", FEATURES[0], ValueError, "(N, C, H, W)", "(3, 8, 9)", "[None]")
-bad(EVERY, "features", FEATURES[0, 0], ValueError, "(N, C, H, W)", "(8, 9)")
+bad(EVERY, "features", FEATURES[0, 0], ValueError, "(N, C, H, W)", "(8, 9)", "[None, None]")
+bad(
+    EVERY, "features", np.zeros((30, 40, 3), np.uint8), ValueError, "(30, 40, 3)", "np.transpose(", ", (2, 0, 1))[None]"
+)
+bad(
+    EVERY,
+    "features",
+    np.zeros((3, 40, 3)),
+    ValueError,
+    "[None] if it is (C, H, W)",
+    "(2, 0, 1))[None] if it is (H, W, C)",
+)
+bad(EVERY, "features", FEATURES[:, :, None], ValueError, "(2, 3, 1, 8, 9)", "3-D", ".reshape(N, C * D, H, W)")
 bad(EVERY, "features", FEATURES[:, :, :0], ValueError, "(2, 3, 0, 9)", "H >= 1")
 bad(EVERY, "features", FEATURES[:, :, :, :0], ValueError, "(2, 3, 8, 0)", "W >= 1")
 bad(EVERY, "features", FEATURES.astype(complex), TypeError, "complex128", "float32")
@@ -60,7 +87,21 @@ bad(EVERY, "features", FEATURES.astype("datetime64[s]"), TypeError, "datetime64"
 bad(EVERY, "features", FEATURES.astype(np.longdouble), TypeError, "float32")
 bad(ONE_ARRAY, "boxes", None, TypeError, "NoneType")
 bad(ONE_ARRAY, "boxes", 3.0, TypeError, "float")
-bad(CROPS, "boxes", [[0.0, 0.0, 1.0, 1.0]], TypeError, "list", "numpy.asarray")
+bad(ONE_ARRAY, "boxes", 3, TypeError, "int", "numpy.asarray")
+bad(CROPS, "boxes", [0.0, 0.0, 1.0, 1.0], TypeError, "entry 0 is 0.0", "[boxes]")
+bad(ALIGN[:2], "boxes", [0.0, 0.0, 1.0, 1.0], TypeError, "entry 0 is 0.0", "[boxes]")
+bad(ONE_ARRAY, "boxes", [[0.0, 0.0, 1.0]], ValueError, "(K, 4)", "3 entries in row 0")
+bad(ONE_ARRAY, "boxes", [[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0]], ValueError, "(K, 4)", "3 entries in row 1")
+bad(["roi_align"], "boxes", [[0.0, 0, 0, 1, 1], [0.0, 0, 1, 1]], ValueError, "(K, 4) or (K, 5)", "4 entries in row 1")
+bad(CROPS, "boxes", [[0.0, 0.0, 0.0, 1.0, 1.0]], ValueError, "(K, 4)", "5 entries in row 0", "boxes[:, 1:]", "angle")
+bad(CROPS, "boxes", [PIXELS, PIXELS], TypeError, "rows of numbers", "entry 0 is array(")
+bad(CROPS, "boxes", [[[0.0, 0.0, 1.0, 1.0]]], ValueError, "(K, 4)", "1 entries in row 0")
+for _entry in ("0", None, True, 1j, np.array(0.0)):
+    bad(ONE_ARRAY, "boxes", [[0.0, 0.0, 1.0, _entry]], TypeError, "rows of numbers", repr(_entry), "row 0")
+bad(ONE_ARRAY, "boxes", [[0, 0, 1, 10**400]], ValueError, "that a float can hold")
+bad(CROPS, "boxes", ROWS, ValueError, "(2, 5)", "boxes[:, 1:]", "rotated boxes")
+bad(["roi_align"], "boxes", np.zeros((2, 6)), ValueError, "(2, 6)", "rotated boxes", "not supported")
+bad(ONE_ARRAY, "boxes", np.zeros(0), ValueError, "(0,)", "zeros((0, 4))")
 bad(ONE_ARRAY, "boxes", PIXELS[0], ValueError, "(K, 4)", "(4,)", "[None]")
 bad(ONE_ARRAY, "boxes", PIXELS[:, :3], ValueError, "(K, 4)", "(2, 3)")
 bad(CROPS, "boxes", ROWS, ValueError, "(K, 4)", "(2, 5)")
@@ -72,10 +113,18 @@ bad(["roi_align"], "boxes", ROWS.astype(np.int32), TypeError, "int32")
 bad(["roi_align"], "boxes", ROWS[:, 1:], ValueError, "batch_indices", "(2, 4)")
 bad(ONE_ARRAY, "batch_indices", INDICES[:1], ValueError, "K = 2", "like boxes", "(1,)")
 bad(ONE_ARRAY, "batch_indices", INDICES[:, None], ValueError, "K = 2", "(2, 1)")
-bad(ONE_ARRAY, "batch_indices", np.int64(0), TypeError if not hasattr(np.int64(0), "__dlpack_device__") else ValueError)
+bad(ONE_ARRAY, "batch_indices", np.array(0), ValueError, "K = 2", "()")
+for _index in (-1, 2, np.int64(2), 2**70):
+    bad(ONE_ARRAY, "batch_indices", _index, IndexError, f"is {_index}; expected a whole number in [0, 2)")
+    bad(ONE_ARRAY, "batch_indices", [0, _index], IndexError, f"[1] is {_index}; expected a whole number in [0, 2)")
+for _index in (True, np.True_, 0.0, "0"):
+    bad(ONE_ARRAY, "batch_indices", _index, TypeError)
+    bad(ONE_ARRAY, "batch_indices", [0, _index], TypeError, "list of ints", repr(_index))
+bad(ONE_ARRAY, "batch_indices", [0], ValueError, "2 boxes", "got 1")
+bad(ONE_ARRAY, "batch_indices", [[0, 1]], ValueError, "2 boxes", "got 1")
+bad(ONE_ARRAY, "batch_indices", [[0], [1]], TypeError, "list of ints", "[0]")
 bad(ONE_ARRAY, "batch_indices", INDICES.astype(np.float32), TypeError, "float32", "integers")
 bad(ONE_ARRAY, "batch_indices", INDICES.astype(bool), TypeError, "bool", "integers")
-bad(CROPS, "batch_indices", [0, 1], TypeError, "list", "numpy.asarray")
 bad(EVERY, "output_size", 0, ValueError, "at least 1", "0")
 bad(EVERY, "output_size", -3, ValueError, "at least 1", "-3")
 bad(EVERY, "output_size", (3, 0), ValueError, "(3, 0)")
@@ -86,12 +135,17 @@ bad(EVERY, "output_size", (2, 2.5), TypeError, "2.5")
 bad(EVERY, "output_size", "7", TypeError, "'7'")
 bad(EVERY, "output_size", None, TypeError, "None")
 bad(EVERY, "output_size", True, TypeError, "True")
-bad(["crop_and_resize"], "method", "bicubic", ValueError, "'bilinear'", "'nearest'", "'bicubic'")
+BAD.append(("roi_crop", "crop_size", LONG, ValueError, ("crop_size", "of type Long")))
+bad(["crop_and_resize"], "method", "bicubic", ValueError, "'bilinear'", "'nearest'", "'bicubic'", "resize crops")
+bad(["crop_and_resize"], "method", "linear", ValueError, "'linear'")
+bad(["crop_and_resize"], "method", np.array(["bilinear"]), ValueError, "array(")
 bad(["crop_and_resize"], "method", None, ValueError, "None")
 bad(CROPS, "extrapolation_value", "0", TypeError, "'0'", "number")
 bad(CROPS, "extrapolation_value", None, TypeError, "None")
 bad(CROPS, "extrapolation_value", True, TypeError, "True")
 bad(CROPS, "extrapolation_value", 1j, TypeError, "1j")
+for _value in (10**400, fractions.Fraction(10**400)):
+    bad(CROPS, "extrapolation_value", _value, ValueError, "that a float can hold")
 bad(["roi_crop"], "transform_fpcoor", None, TypeError, "True or False", "None")
 bad(["roi_crop"], "transform_fpcoor", 1, TypeError, "True or False", "1")
 bad(ALIGN, "spatial_scale", 0, ValueError, "positive")
@@ -100,9 +154,11 @@ bad(ALIGN, "spatial_scale", float("nan"), ValueError, "nan")
 bad(ALIGN, "spatial_scale", float("inf"), ValueError, "inf")
 bad(ALIGN, "spatial_scale", "1/16", TypeError, "'1/16'")
 bad(ALIGN, "spatial_scale", None, TypeError, "None")
+bad(ALIGN, "spatial_scale", 10**400, ValueError, "that a float can hold")
 bad(ALIGN, "sampling_ratio", 2.0, TypeError, "2.0", "int")
 bad(ALIGN, "sampling_ratio", None, TypeError, "None")
 bad(ALIGN, "sampling_ratio", 10**9, ValueError, "4096", str(10**9))
+
 bad(ALIGN, "aligned", "yes", TypeError, "True or False", "'yes'")
 bad(ALIGN, "aligned", 1, TypeError, "True or False", "1")
 bad(["roi_align"], "batch_indices", INDICES, ValueError)
@@ -111,7 +167,12 @@ BAD.append(("roi_align, list", "batch_indices", INDICES, ValueError, ("batch_ind
 BAD.append(("roi_align, list", "boxes", [PIXELS], ValueError, ("boxes", "N = 2", "got 1")))
 BAD.append(("roi_align, list", "boxes", [], ValueError, ("boxes", "N = 2", "got 0")))
 BAD.append(("roi_align, list", "boxes", [PIXELS, ROWS], ValueError, ("boxes[1]", "(K, 4)", "(2, 5)")))
-BAD.append(("roi_align, list", "boxes", [PIXELS, PIXELS.tolist()], TypeError, ("boxes[1]", "list", "numpy.asarray")))
+BAD.append(("roi_align, list", "boxes", [PIXELS, None], TypeError, ("boxes[1]", "NoneType", "numpy.asarray")))
+BAD.append(("roi_align, list", "boxes", [PIXELS, PIXELS[0].tolist()], TypeError, ("boxes[1]", "[boxes[1]]")))
+BAD.append(("roi_align, list", "boxes", [PIXELS, ROWS.tolist()], ValueError, ("boxes[1]", "5 entries in row 0")))
+BAD.append(("roi_align, list", "boxes", [PIXELS, np.zeros(0, np.float32)], ValueError, ("boxes[1]", "zeros((0, 4))")))
+BAD.append(("roi_align, list", "boxes", [[[0, 0, 1, 1]], [[0, 0, 1]]], ValueError, ("boxes[1]", "3 entries in row 0")))
+BAD.append(("roi_align, list", "boxes", [[[0, 0, 1, 1]]], ValueError, ("boxes", "N = 2", "got 1")))
 BAD.append(("roi_align, list", "boxes", [PIXELS, PIXELS.astype(int)], TypeError, ("boxes[1]", "int64")))
 BAD.append(("roi_align", "boxes", ROWS[:, :3], ValueError, ("boxes", "(K, 4) or (K, 5)", "(2, 3)")))
 
@@ -140,7 +201,7 @@ def test_what_is_missing_is_named(call):
 @pytest.mark.parametrize("index", [-1, 2, 2**31, -(2**63)])
 def test_batch_index_out_of_range(index, backend):
     indices = np.array([0, index])
-    for operator, boxes in ((cr.crop_and_resize, NORMALISED), (cr.roi_crop, PIXELS)):
+    for operator, boxes in ((cr.crop_and_resize, NORMALIZED), (cr.roi_crop, PIXELS)):
         with cr.checked(), pytest.raises(IndexError, match=rf"box 1 is {index};.*\[0, 2\)"):
             backend(operator, FEATURES, boxes, indices, 2)
     with cr.checked(), pytest.raises(IndexError, match=f"box 1 is {index};"):
@@ -228,7 +289,14 @@ def test_pullback(grad, error, words):
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("operator", [None, "roi_align", np.add, lambda *args: None])
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self):
+        return None
+
+
+@pytest.mark.parametrize("operator", [None, "roi_align", np.add, lambda *args: None, Unhashable(), [cr.roi_align]])
 def test_vjp_of_another_function(operator):
     with pytest.raises(TypeError, match="operator must be one of crop_and_resize, roi_crop, roi_align"):
         cr.vjp(operator, FEATURES, PIXELS, INDICES, 2)
@@ -262,6 +330,77 @@ def test_arrays_on_a_gpu():
         cr.roi_crop(OnGpu(1), OnGpu(1), OnGpu(1), 2)
     with pytest.raises(TypeError, match=r"OnGpu on GPU 0 and .*OnGpu on GPU 1"):
         cr.roi_crop(OnGpu(0), OnGpu(1), OnGpu(0), 2)
+
+
+class OnRocm(OnGpu):
+    __module__ = "cupy"
+
+    def __dlpack_device__(self):
+        return (10, self.number)
+
+
+def test_arrays_of_a_cupy_for_rocm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(ndarray=OnRocm))
+    for kind in (OnRocm, type("Derived", (OnRocm,), {"__module__": "elsewhere"})):
+        with pytest.raises(TypeError, match=r"features must be .* on GPU 1 \(ROCm\).*built for ROCm, and the kernels"):
+            cr.roi_crop(kind(1), kind(1), kind(1), 2)
+
+
+def test_tensors_of_a_torch_for_rocm(monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(dispatch, "_kind", lambda array: ("torch", "cuda:0"))
+    with pytest.raises(TypeError, match=r"features must be .*torch.Tensor on cuda:0; this PyTorch is built for ROCm"):
+        cr.roi_crop(*map(torch.from_numpy, (FEATURES, PIXELS, INDICES)), 2)
+
+
+class Foundling:
+    """An array whose library is imported in part only, or shadowed by a folder of its name."""
+
+    def __init__(self, array):
+        self.shape, self.dtype, self.array = array.shape, array.dtype, array
+
+    def __dlpack__(self, **kwargs):
+        return self.array.__dlpack__()
+
+    def __dlpack_device__(self):
+        return (1, 0)
+
+    def __array_namespace__(self):
+        return types.SimpleNamespace(from_dlpack=np.from_dlpack)
+
+
+@pytest.mark.parametrize("name", ["torch", "cupy"])
+def test_a_library_that_is_imported_in_part(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    expected = cr.roi_crop(FEATURES, PIXELS, INDICES, 2)
+    np.testing.assert_array_equal(cr.roi_crop(*map(Foundling, (FEATURES, PIXELS, INDICES)), 2), expected)
+    with pytest.raises(TypeError, match="boxes must be an array"):
+        cr.roi_crop(FEATURES, None, INDICES, 2)
+
+
+# ---- names ----
+
+
+def test_errors_name_arguments_as_the_caller_knows_them():
+    torch = pytest.importorskip("torch")
+    import cupy_roialign.torch as crt
+    import cupy_roialign.torchvision as ops
+
+    features, boxes, indices = map(torch.from_numpy, (FEATURES, PIXELS, INDICES))
+    for operator in (ops.roi_align, crt.roi_align):
+        for bad_features, words in ((features[0], r"input\[None\]"), (FEATURES, "input and boxes"), (None, "NoneType")):
+            with pytest.raises((TypeError, ValueError), match=f"^input .*{words}|^{words}"):
+                operator(bad_features, torch.from_numpy(ROWS), 2)
+        with pytest.raises(ValueError, match="one for each image of input"):
+            operator(features, [boxes] * 3, 2)
+    for make, name in ((crt.RoIAlign, "featuremap"), (crt.CropAndResize, "image")):
+        with pytest.raises(ValueError, match=f"^{name} must have 4 axes"):
+            make(2, 2)(features[0], boxes, indices)
+        with pytest.raises(ValueError, match=r"^box_ind must have shape"):
+            make(2, 2)(features, boxes, indices[:1])
+    with pytest.raises(ValueError, match=r"^box_ind must have shape"):
+        crt.CropAndResizeFunction.apply(features, boxes, indices[:1], 2, 2)
 
 
 # ---- broken boxes ----

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 import cupy_roialign as cr
-from cupy_roialign import numpy_backend
+from cupy_roialign.cpu import backend as cpu
 from tests import tolerance
 
 torch = pytest.importorskip("torch")
 crt = pytest.importorskip("cupy_roialign.torch")
 torchvision = pytest.importorskip("cupy_roialign.torchvision")
-autograd = pytest.importorskip("cupy_roialign.autograd")
-bridge = pytest.importorskip("cupy_roialign.bridge")
+from cupy_roialign.torch import bridge, eager  # noqa: E402
 
 BOXES = torch.tensor([[1.31, 0.72, 8.25, 6.18], [2.2, 1.6, 4.4, 5.9]])
 INDICES = torch.tensor([0, 1], dtype=torch.int32)
@@ -49,7 +48,9 @@ def test_signature_of_torchvision():
         ("spatial_scale", 1.0),
         ("sampling_ratio", -1),
         ("aligned", False),
+        ("batch_indices", None),
     ]
+    assert parameters["batch_indices"].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 @pytest.mark.parametrize("transform_fpcoor", [True, False])
@@ -57,12 +58,12 @@ def test_modules_are_the_functions(transform_fpcoor):
     module = crt.RoIAlign(3, 4, 2.5, transform_fpcoor)
     expected = cr.roi_crop(features(), BOXES, INDICES, (3, 4), 2.5, transform_fpcoor)
     torch.testing.assert_close(module(features(), BOXES, INDICES), expected, rtol=0, atol=0)
-    normalised = BOXES[:, [1, 0, 3, 2]] / 10
-    expected = cr.crop_and_resize(features(), normalised, INDICES, (3, 4), extrapolation_value=2.5)
-    torch.testing.assert_close(crt.CropAndResize(3, 4, 2.5)(features(), normalised, INDICES), expected, rtol=0, atol=0)
+    normalized = BOXES[:, [1, 0, 3, 2]] / 10
+    expected = cr.crop_and_resize(features(), normalized, INDICES, (3, 4), extrapolation_value=2.5)
+    torch.testing.assert_close(crt.CropAndResize(3, 4, 2.5)(features(), normalized, INDICES), expected, rtol=0, atol=0)
     for made in (
-        crt.CropAndResizeFunction.apply(features(), normalised, INDICES, 3, 4, 2.5),
-        crt.CropAndResizeFunction(3, 4, 2.5)(features(), normalised, INDICES),
+        crt.CropAndResizeFunction.apply(features(), normalized, INDICES, 3, 4, 2.5),
+        crt.CropAndResizeFunction(3, 4, 2.5)(features(), normalized, INDICES),
     ):
         torch.testing.assert_close(made, expected, rtol=0, atol=0)
 
@@ -94,14 +95,14 @@ def test_gradcheck_of_a_list_of_boxes():
 
 def test_memory_is_shared_and_not_copied(monkeypatch):
     seen = {}
-    original = numpy_backend.forward
+    original = cpu.forward
 
     def spy(array, *rest):
         seen["features"] = array.__array_interface__["data"][0]
         seen["output"] = original(array, *rest)
         return seen["output"]
 
-    monkeypatch.setattr(numpy_backend, "forward", spy)
+    monkeypatch.setattr(cpu, "forward", spy)
     for tensor in (features(), features().contiguous(memory_format=torch.channels_last), features()[:, :2]):
         output = cr.roi_crop(tensor.requires_grad_(), BOXES, INDICES, 3)
         assert seen["features"] == tensor.data_ptr()
@@ -151,11 +152,11 @@ OTHER_WAYS = {
 
 @pytest.mark.parametrize("way", OTHER_WAYS)
 def test_tensors_are_arrays_where_torch_has_no_part_in_it(way, monkeypatch):
-    """And with the same bits where it has, and goes through autograd.py."""
+    """And with the same bits where it has, and goes through eager.py."""
     change, of_torch = OTHER_WAYS[way]
     seen = []
-    crops = autograd.EAGER.crops
-    monkeypatch.setattr(autograd, "EAGER", autograd.EAGER._replace(crops=lambda *args: seen.append(1) or crops(*args)))
+    crops = eager.EAGER.crops
+    monkeypatch.setattr(eager, "EAGER", eager.EAGER._replace(crops=lambda *args: seen.append(1) or crops(*args)))
     tensor = change(features())
     output = cr.roi_crop(tensor, BOXES, INDICES, 3)
     assert bool(seen) == of_torch
@@ -273,9 +274,9 @@ def test_channels_last_stays():
 def test_only_the_gradients_that_are_wanted_are_computed(wanted, monkeypatch):
     calls = []
     for name in ("feature_gradient", "box_gradient"):
-        original = getattr(numpy_backend, name)
+        original = getattr(cpu, name)
         monkeypatch.setattr(
-            numpy_backend, name, lambda *args, _name=name, _original=original: calls.append(_name) or _original(*args)
+            cpu, name, lambda *args, _name=name, _original=original: calls.append(_name) or _original(*args)
         )
     tensor, boxes = features().requires_grad_(wanted[0]), BOXES.clone().requires_grad_(wanted[1])
     output = cr.roi_crop(tensor, boxes, INDICES, 3)

@@ -12,12 +12,15 @@ import sys
 import pytest
 
 import cupy_roialign as cr
-from cupy_roialign import numpy_backend
+from cupy_roialign import rule, validation
+from cupy_roialign.cpu import backend as cpu
 
 torch = pytest.importorskip("torch")
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+
+from cupy_roialign.torch import graph  # noqa: E402
 
 crt = pytest.importorskip("cupy_roialign.torch")
 torchvision = pytest.importorskip("cupy_roialign.torchvision")
@@ -32,6 +35,14 @@ def since(*version):
 pytestmark = since(2, 6)
 
 INDICES = torch.tensor([0, 1])
+ALIGN = rule.roi_align((3, 4), 0.9, 2, aligned=True)
+RULE = graph.pack(ALIGN)
+
+
+def with_rule(of=ALIGN, **fields):
+    return graph.pack(of._replace(**fields))
+
+
 BOXES = torch.tensor([[1.31, 0.72, 8.25, 6.18], [2.2, 1.6, 4.4, 5.9]])
 
 FUNCTIONS = {
@@ -122,6 +133,29 @@ def test_inductor(layout):
         assert a.stride() == b.stride()
 
 
+NUMBERS = {
+    "rows": lambda f: cr.roi_crop(f, [[1.5, 2, 8, 9], [0, 0, 4, 5]], [0, 1], 3),
+    "an int": lambda f: cr.roi_align(f, [[1.5, 2, 8, 9], [0, 0, 4, 5]], 3, batch_indices=1),
+    "by image": lambda f: crt.roi_align(f, [[[1.5, 2, 8, 9]], []], 3),
+    "a box of sizes": lambda f: cr.roi_crop(f, [[0, 0, f.shape[3] - 1, f.shape[2] - 1.5]], 0, 3),
+}
+
+
+@pytest.mark.parametrize("way", NUMBERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_in_a_graph(way, dtype):
+    f, _ = inputs(dtype)
+    expected = NUMBERS[way](f)
+    (grad,) = torch.autograd.grad(expected.sum(), f)
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        actual = torch.compile(NUMBERS[way], fullgraph=True, backend="aot_eager", dynamic=dynamic)(f)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        torch.testing.assert_close(torch.autograd.grad(actual.sum(), f)[0], grad, rtol=0, atol=0)
+    traced = make_fx(NUMBERS[way])(f.detach())
+    torch.testing.assert_close(traced(f.detach() + 1), NUMBERS[way](f.detach() + 1), rtol=0, atol=0)
+
+
 WAYS = {
     "indices": lambda f, b, i: cr.roi_align(f, b, 3, 0.5, 2, batch_indices=i),
     "rows": lambda f, b, i: crt.roi_align(f, torch.cat([i[:, None].to(b.dtype), b], 1), 3, 0.5, 2),
@@ -201,9 +235,9 @@ def test_a_number_of_boxes_that_only_the_data_know(way, backend):
 def test_a_graph_computes_and_keeps_only_what_is_wanted(way, wanted, monkeypatch):
     calls = []
     for name in ("forward", "feature_gradient", "box_gradient"):
-        original = getattr(numpy_backend, name)
+        original = getattr(cpu, name)
         monkeypatch.setattr(
-            numpy_backend, name, lambda *args, _name=name, _original=original: calls.append(_name) or _original(*args)
+            cpu, name, lambda *args, _name=name, _original=original: calls.append(_name) or _original(*args)
         )
     f, b = (tensor.detach().requires_grad_(want) for tensor, want in zip(inputs(), wanted, strict=True))
     function = torch.compile(FUNCTIONS["roi_crop"], fullgraph=True, backend="aot_eager")
@@ -352,13 +386,12 @@ def test_no_boxes():
 def test_opcheck(count):
     """Schemas, fakes, autograd and dynamic shapes, as torch checks them."""
     f, b = (tensor.double().detach().requires_grad_() for tensor in inputs())
-    rule = (3, [3, 4], [1, 0, 3, 2], 0.9, 2, True, False, 0.0)
     at = (b, INDICES, [torch.rand(2, 4, dtype=torch.float64, requires_grad=True)] * count or None)
     grad = torch.rand(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
     ops = torch.ops.cupy_roialign
-    torch.library.opcheck(ops.crops, (f, *at, *rule))
-    torch.library.opcheck(ops.to_features, (grad, [2, 5, 8, 11], True, torch.float64, *at, *rule))
-    torch.library.opcheck(ops.to_boxes, (grad, f, *at, *rule))
+    torch.library.opcheck(ops.crops, (f, *at, *RULE))
+    torch.library.opcheck(ops.to_features, (grad, [2, 5, 8, 11], True, torch.float64, *at, *RULE))
+    torch.library.opcheck(ops.to_boxes, (grad, f, *at, *RULE))
 
 
 def test_opcheck_where_nothing_is_left():
@@ -374,9 +407,6 @@ def test_opcheck_where_nothing_is_left():
     torch.library.opcheck(torch.ops.cupy_roialign.to_features, (*gradient, *at, *RULE), test_utils="test_faketensor")
 
 
-RULE = (3, [3, 4], [1, 0, 3, 2], 0.9, 2, True, False, 0.0)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -387,27 +417,87 @@ RULE = (3, [3, 4], [1, 0, 3, 2], 0.9, 2, True, False, 0.0)
         ({"indices": torch.tensor([0])}, "batch_indices must be"),
         ({"indices": torch.tensor([True, False])}, "batch_indices must be"),
         ({"along": [torch.rand(2, 5)]}, "directions must be like boxes"),
-        ({"rule": (3, [3, 0], *RULE[2:])}, "bins must be at least 1"),
-        ({"rule": (*RULE[:2], [1, 0, 3, 4], *RULE[3:])}, "columns must be 4 of the 4"),
-        ({"rule": (*RULE[:2], [1, 1, 3, 2], *RULE[3:])}, "columns must be 4 of the 4"),
-        ({"rule": (*RULE[:4], 10**6, *RULE[5:])}, "sampling_ratio must be at most"),
+        ({"features": torch.rand(2, 5, 8, 11, dtype=torch.complex64)}, "features must be"),
+        ({"indices": torch.rand(2).to(torch.float8_e5m2)}, "batch_indices must be"),
+        ({"along": [torch.rand(2, 4).to(torch.float8_e5m2)]}, "directions must be like boxes"),
+        ({"shape": [-1, 5, 8, 11]}, "shape must be"),
+        ({"shape": [2, 5, 0, 11]}, "shape must be"),
+        ({"dtype": torch.complex64}, "dtype must be"),
+        ({"rule": with_rule(frame=7)}, "unknown rule: 7 is not a valid Frame"),
+        ({"rule": with_rule(taps=-1)}, "unknown rule: -1 is not a valid Taps"),
+        ({"rule": with_rule(border=2)}, "unknown rule: 2 is not a valid Border"),
+        ({"rule": with_rule(reduce=1)}, "unknown rule: 1 is not a valid Reduce"),
+        ({"rule": with_rule(channels=1)}, "unknown rule: 1 is not a valid Channels"),
+        ({"rule": with_rule(taps=int(rule.Taps.NEAREST))}, "no operator has frame SCALED, taps NEAREST"),
+        ({"rule": with_rule(border=int(rule.Border.CUT))}, "no operator has frame SCALED.* and border CUT"),
+        ({"rule": with_rule(extrapolation_value=1.0)}, "extrapolation_value has no meaning for frame SCALED"),
+        ({"rule": with_rule(rule.roi_crop((3, 4)), sampling_ratio=2)}, "sampling_ratio has no meaning for frame CENT"),
+        ({"rule": with_rule(rule.roi_crop((3, 4)), aligned=True)}, "aligned has no meaning"),
+        ({"rule": with_rule(rule.roi_crop((3, 4)), spatial_scale=0.5)}, "spatial_scale has no meaning"),
+        ({"rule": with_rule(bins=[3, 0])}, "bins must be at least 1"),
+        ({"rule": with_rule(bins=[3])}, "bins must be an int or a pair"),
+        ({"rule": with_rule(bins=[3, 2**40])}, "bins must be at most"),
+        ({"rule": with_rule(columns=[1, 0, 3, 4])}, "columns must be 4 of the 4"),
+        ({"rule": with_rule(columns=[1, 1, 3, 2])}, "columns must be 4 of the 4"),
+        ({"rule": with_rule(columns=[1, 0, 3])}, "columns must be 4 of the 4"),
+        ({"rule": with_rule(columns=[-1, 0, 3, 2])}, "columns must be 4 of the 4"),
+        ({"rule": with_rule(sampling_ratio=10**6)}, "sampling_ratio must be at most"),
+        ({"rule": with_rule(spatial_scale=0.0)}, "spatial_scale must be positive"),
+        ({"rule": with_rule(spatial_scale=float("nan"))}, "spatial_scale must be positive"),
+        ({"rule": with_rule(spatial_scale=float("inf"))}, "spatial_scale must be positive"),
         ({"grad": torch.rand(2, 5, 4, 3)}, "grad must have the shape"),
         ({"grad": torch.rand(1, 5, 3, 4)}, "grad must have the shape"),
     ],
 )
-def test_operators_check_what_they_are_given(change, message):
+def test_operators_check_what_they_are_given(change, message, place):
     """They are public, too, and a kernel on a GPU reads wherever it is told to."""
     f, b = (tensor.detach() for tensor in inputs())
     given = {"features": f, "boxes": b, "indices": INDICES, "along": [], "rule": RULE, "grad": torch.rand(2, 5, 3, 4)}
     given |= change
     ops, at = torch.ops.cupy_roialign, (given["boxes"], given["indices"], given["along"], *given["rule"])
-    if "grad" not in change:
-        with pytest.raises((TypeError, ValueError), match=message):
-            ops.crops(given["features"], *at)
-    with pytest.raises((TypeError, ValueError), match=message):
-        ops.to_boxes(given["grad"], given["features"], *at)
-    with pytest.raises((TypeError, ValueError), match=message):
-        ops.to_features(given["grad"], list(given["features"].shape), False, torch.float32, *at)
+    shape, dtype = given.get("shape", list(given["features"].shape)), given.get("dtype", torch.float32)
+    with place():
+        if not {"grad", "shape", "dtype"} & {*change}:
+            with pytest.raises((TypeError, ValueError), match=message):
+                ops.crops(given["features"], *at)
+        if not {"shape", "dtype"} & {*change}:
+            with pytest.raises((TypeError, ValueError), match=message):
+                ops.to_boxes(given["grad"], given["features"], *at)
+        if not given["features"].is_complex():
+            with pytest.raises((TypeError, ValueError), match=message):
+                ops.to_features(given["grad"], shape, False, dtype, *at)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, FakeTensorMode().from_tensor])
+@pytest.mark.parametrize("which", ["features", "boxes"])
+def test_operators_take_tensors_with_elements_only(which, change, place):
+    f, b = (tensor.detach() for tensor in inputs())
+    given = {"features": f, "boxes": b}
+    given[which] = change(given[which])
+    with place(), pytest.raises((TypeError, ValueError, RuntimeError, NotImplementedError, AssertionError)):
+        torch.ops.cupy_roialign.crops(*given.values(), INDICES, None, *RULE)
+
+
+def test_a_rule_that_no_operator_has_in_an_image_of_one_row(place):
+    """Nearest pixels of clamped positions: on a GPU that would read past the end."""
+    f, b = torch.rand(1, 1, 1, 4), torch.tensor([[-0.4, -0.4, 4.4, 1.4]])
+    packed = with_rule(taps=int(rule.Taps.NEAREST))
+    with place(), pytest.raises(ValueError, match="no operator has"):
+        torch.ops.cupy_roialign.crops(f, b, torch.tensor([0]), None, *packed)
+
+
+def test_every_operator_can_be_called_by_its_rule(place):
+    f, b = (tensor.detach() for tensor in inputs())
+    rules = [rule.roi_align((3, 4), 0.5, 2), rule.roi_crop((3, 4)), rule.roi_crop((3, 4), False, 2.0)]
+    rules += [rule.crop_and_resize((3, 4), nearest) for nearest in (False, True)]
+    assert {tuple(r[:3]) for r in rules} == validation.OPERATORS
+    with place():
+        expected = [cr.roi_align(f, b, (3, 4), 0.5, 2, batch_indices=INDICES), cr.roi_crop(f, b, INDICES, (3, 4))]
+        expected += [cr.roi_crop(f, b, INDICES, (3, 4), 2.0, False)]
+        expected += [cr.crop_and_resize(f, b, INDICES, (3, 4), method) for method in ("bilinear", "nearest")]
+        for packed, output in zip(map(graph.pack, rules), expected, strict=True):
+            actual = torch.ops.cupy_roialign.crops(f, b, INDICES, None, *packed)
+            torch.testing.assert_close(actual, output, rtol=0, atol=0)
 
 
 def test_the_first_call_of_a_process_may_be_a_compiled_one():
@@ -451,6 +541,29 @@ def test_export():
         assert any("cupy_roialign" in str(node.target) for node in program.graph.nodes)
         boxes, indices = b.repeat(5, 1), INDICES.repeat(5)
         torch.testing.assert_close(program.module()(f, boxes, indices), Head()(f, boxes, indices), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("way", ["indices", "rows"])
+def test_export_of_any_number_of_images(way, strict):
+    f, b = (tensor.detach() for tensor in some_boxes())
+    i = torch.tensor([0, 1, 2, 1])
+
+    class Model(torch.nn.Module):
+        def forward(self, f, b, i):
+            return WAYS[way](f, b, i)
+
+    shapes = {"f": {0: torch.export.Dim("images")}, "b": None, "i": None}
+    program = torch.export.export(Model(), (f, b, i), dynamic_shapes=shapes, strict=strict).module()
+    other = torch.cat([f, f + 1])
+    assert torch.equal(program(other, b, i + 2), WAYS[way](other, b, i + 2))
+
+
+def test_a_column_that_is_too_narrow_in_a_graph():
+    rows = torch.zeros(1, 5, dtype=torch.bfloat16)
+    function = torch.compile(lambda f: crt.roi_align(f, rows, 1), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="of dtype bfloat16 cannot hold a batch index above 256 exactly"):
+        function(torch.zeros(258, 1, 2, 2))
 
 
 @pytest.mark.parametrize("strict", [False, True])

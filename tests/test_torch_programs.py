@@ -60,6 +60,19 @@ def test_a_batch_index_that_16_bits_do_not_hold():
         crt.roi_align(torch.zeros(2050, 1, 2, 2).half(), rows, 1)
 
 
+def test_a_column_of_16_bits_is_checked_on_a_gpu_too(place):
+    """Although NumPy, which looks at the indices, has no bfloat16."""
+    rows = torch.cat([INDICES[:, None].float(), BOXES], 1)
+    for dtype in (torch.bfloat16, torch.float16):
+        boxes = rows.to(dtype)
+        with place(), cr.checked():
+            expected = crt.roi_align(features(), boxes.float(), 3)
+            assert torch.equal(crt.roi_align(features(), boxes, 3), expected)
+            boxes[1, 0] = 2
+            with pytest.raises(IndexError, match=r"batch index of box 1 is 2\.0"):
+                crt.roi_align(features(), boxes, 3)
+
+
 # ---- reproducibility ----
 
 

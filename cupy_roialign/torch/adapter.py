@@ -41,7 +41,7 @@ def adapter(named: dict[str, torch.Tensor], kept: bool) -> tuple[Adapter, dict[s
 
 
 class TensorAdapter:
-    """One serves one call."""
+    """Computes with tensors; one serves one call."""
 
     def __init__(self, in_graph: bool, wrapped: bool) -> None:
         self._in_graph = in_graph

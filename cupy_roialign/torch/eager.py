@@ -27,7 +27,7 @@ class _Function(torch.autograd.Function):
             if any(levels):
                 return batching.apply(cls, args, levels)
         if transformed or not private.has_shortcut:
-            return super().apply(*args)
+            return super().apply(*args)  # type: ignore[no-untyped-call]
         differentiated = private.in_dual_level()
         plain = []
         for arg in args:

@@ -22,7 +22,7 @@ def _find(module: str, name: str) -> Any:
 # ---- whether what is called is recorded ----
 
 is_dynamo_compiling: Callable[[], bool] = _find("torch.compiler", "is_dynamo_compiling") or torch.compiler.is_compiling
-is_tracing: Callable[[], bool] = _find("torch", "_C._is_tracing") or torch.jit.is_tracing
+is_tracing: Callable[[], bool] = _find("torch", "_C._is_tracing") or _find("torch.jit", "is_tracing")
 dispatch_modes: Callable[[], int]
 """How many modes, of make_fx or fake tensors say, see every operator. Unknown: one may, so calls are slow operators."""
 
@@ -38,14 +38,8 @@ nested_forward_mode: Callable[[], bool]
 """Whether forward mode is within forward mode. Unknown: assumed wherever forward mode is, which is then refused."""
 
 _transforms_active = _find("torch", "_C._are_functorch_transforms_active")
-_innermost = _find("torch", "_C._functorch.peek_interpreter_stack")
 if _transforms_active:
     transforms_active = _transforms_active
-elif _innermost:
-
-    def transforms_active() -> bool:
-        return _innermost() is not None
-
 else:
 
     def transforms_active() -> bool:
@@ -97,7 +91,15 @@ has_shortcut = bool(unwrap_if_dead and _transforms_active and _find("torch.autog
 
 # ---- batches of torch.autograd, which are older than those of torch.func ----
 
-_key = _find("torch", "_C._parse_dispatch_key") or (lambda name: None)
+
+def _key(name: str) -> Any:
+    parse = _find("torch", "_C._parse_dispatch_key")
+    try:
+        return parse and parse(name)
+    except RuntimeError:  # there is no such key
+        return None
+
+
 _included = _find("torch", "_C._dispatch_tls_is_dispatch_key_included")
 _keys_of = _find("torch", "_C._dispatch_keys")
 _vmap_mode, _batched = _key("VmapMode"), _key("Batched")

@@ -27,7 +27,7 @@ from cupy_roialign.torch import bridge
 
 on_cpu: Callable[[torch.Tensor], bool] = operator.attrgetter("is_cpu")
 
-arrays.TORCH_NAMES.update({getattr(torch, name): name for name in arrays.REALS if hasattr(torch, name)})
+arrays.TORCH_NAMES.update({getattr(torch, name): name for name in arrays.REALS})
 
 
 def forward(
