@@ -277,7 +277,8 @@ def picture(report, path):
         for number, side in enumerate(sides):
             places = [i + (number - (len(sides) - 1) / 2) * 0.8 / len(sides) for i in range(len(cases))]
             heights = [times[step].get(side, [np.nan])[0] for times in cases.values()]
-            axes.bar(places, heights, 0.8 / len(sides), label=side if side == "torchvision" else f"cupy_roialign, {side}")
+            label = side if side == "torchvision" else f"cupy_roialign, {side}"
+            axes.bar(places, heights, 0.8 / len(sides), label=label)
         axes.plot(range(len(cases)), list(report["floor, ms"].values()), "k_", markersize=24, label="floor")
         axes.set(title=step, yscale="log", ylabel="ms" if step == "forward" else "")
         axes.set_xticks(range(len(cases)), list(cases), rotation=30, ha="right")

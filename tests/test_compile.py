@@ -63,7 +63,7 @@ def compile_all(architecture, instantiations, quickly):
         said = OLD.sub("", log.getvalue()).strip("\0 \n")
         if not quickly:
             used = [tuple(map(int, numbers)) for numbers in USED.findall(said)]
-            if not used or max(stack for stack, _ in used) > MOST_STACK or max(spills for _, spills in used) > MOST_SPILLS:
+            if not used or any(stack > MOST_STACK or spills > MOST_SPILLS for stack, spills in used):
                 problems.append((name, types, f"bytes of stacks and of spills: {used}"))
             said = TOLD.sub("", said).strip()
         if said:
@@ -102,7 +102,9 @@ class Compiling:
         for architecture in self.architectures:
             types = COMMON if architecture in ends else COMMON[:1]
             optimised = [(name, some) for some in types for name in FILES]
-            self._running[architecture, False] = [self._pools[False].submit(compile_all, architecture, optimised, False)]
+            self._running[architecture, False] = [
+                self._pools[False].submit(compile_all, architecture, optimised, False)
+            ]
 
     def problems(self, architecture, quickly):
         return [problem for share in self._running[architecture, quickly] for problem in share.result()]

@@ -426,7 +426,7 @@ def test_an_offset_of_the_features_costs_no_digits_of_slopes(rule, channels, ord
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_a_level_that_is_not_finite_stays_where_it_is(value, cupy):
-    """The first pixel of a bin is its level: if it is not finite, that reaches the boxes that sample it, and no others."""
+    """The first pixel of a bin is its level; a non-finite one affects only the boxes that sample it."""
     features, boxes, indices = offset_problem(9, (0, 1, 2, 3), Frame.SCALED)
     grad = np.ones((6, 9, 5, 9), np.float32)
     options = {"output_size": (5, 9), "sampling_ratio": 2, "batch_indices": indices}
