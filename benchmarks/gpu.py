@@ -1,4 +1,4 @@
-"""Times the workloads on a GPU, beside torchvision where torch has the GPU too.
+"""Times the workloads on a GPU, and torchvision for comparison if torch finds the GPU.
 
     python -m benchmarks.gpu [W1 crowd ...] [--out FOLDER]
 
@@ -23,14 +23,15 @@ import numpy as np
 import cupy_roialign as cr
 from benchmarks import workloads
 from benchmarks.measure import difference, spread
-from cupy_roialign import cupy_backend, kernels
-from cupy_roialign.geometry import Dialect, Rule
+from cupy_roialign import rule as rules
+from cupy_roialign.gpu import cupy_arrays, kernels
+from cupy_roialign.rule import BATCH_X1_Y1_X2_Y2
 
 FLUSH = 512 * 2**20  # bytes, several times any L2
 DTYPES = ("float32", "float16")
 SPECS = {
     **workloads.SPECS,
-    # a corner of the image where all boxes lie, and so many boxes that to look through them takes a while
+    # boxes that crowd a corner of the image, and so many boxes that finding those of a tile takes a while
     "crowd": {**workloads.SPECS["W1"], "title": "5,000 boxes in one corner", "K": 5000, "image": (230, 230)},
     "many": {**workloads.SPECS["W1"], "title": "100,000 boxes", "K": 100_000, "shape": (1, 16, 200, 272)},
 }
@@ -53,13 +54,13 @@ class Timer:
         self.buffer = cupy.empty(flush_bytes, np.uint8)
 
     def ms(self, function):
-        """(median, least, most) of a call that finds nothing of its own in the L2 cache."""
+        """(median, least, most) milliseconds of a call that finds none of its data in the L2 cache."""
         for _ in range(3):
             function()
         times = []
         for _ in range(self.runs):
             start, stop = cupy.cuda.Event(), cupy.cuda.Event()
-            self.buffer[...] = 0  # long enough for the call below to be in the queue when it ends
+            self.buffer[...] = 0  # takes long enough for the call below to be queued before it ends
             start.record()
             function()
             stop.record()
@@ -68,7 +69,7 @@ class Timer:
         return spread(times)
 
     def bandwidth(self):
-        """Bytes a second of a copy, those read and those written."""
+        """Bytes per second of a copy, read and written."""
         half = self.buffer.nbytes // 2
         source, target = self.buffer[:half], self.buffer[half:]
 
@@ -79,7 +80,7 @@ class Timer:
 
 
 def call_us(function, runs):
-    """Microseconds of a call from Python, of many in a row."""
+    """Microseconds per call from Python, over many calls in a row."""
     for _ in range(20):
         function()
     cupy.cuda.Device().synchronize()
@@ -101,16 +102,16 @@ def ours(p, dtype, channels_last):
         return cupy.asarray(array)
 
     features, cotangent, rois = place(p["input"]), place(p["cotangent"]), cupy.asarray(p["rois"])
-    rule = Rule(Dialect.ROI_ALIGN, p["out"], (2, 1, 4, 3), p["scale"], max(p["sr"], 0), p["aligned"])
+    rule = rules.roi_align(p["out"], p["scale"], max(p["sr"], 0), p["aligned"], BATCH_X1_Y1_X2_Y2)
     return {
         "forward": lambda: cr.roi_align(features, rois, p["out"], p["scale"], p["sr"], p["aligned"]),
-        "feature gradient": lambda: cupy_backend.feature_gradient(cotangent, features, rois, rois[:, 0], rule),
-        "box gradient": lambda: cupy_backend.box_gradient(cotangent, features, rois, rois[:, 0], rule),
+        "feature gradient": lambda: cupy_arrays.feature_gradient(cotangent, features, rois, rois[:, 0], rule),
+        "box gradient": lambda: cupy_arrays.box_gradient(cotangent, features, rois, rois[:, 0], rule),
     }
 
 
 def through_torch(p, dtype, operator):
-    """Forward, and backward to the features through autograd."""
+    """Forward, and the gradient of the features through autograd."""
     features = torch.from_numpy(p["input"]).cuda().to(getattr(torch, dtype)).requires_grad_()
     rois = torch.from_numpy(p["rois"]).cuda().to(features.dtype if operator is not cr.roi_align else torch.float32)
     cotangent = torch.from_numpy(p["cotangent"]).cuda().to(features.dtype)
@@ -138,7 +139,7 @@ def off(actual, expected):
 
 
 def peak_bytes(function):
-    """Of torch's memory, beyond what was there before."""
+    """Peak bytes of torch's memory beyond those before the call."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -171,7 +172,7 @@ def compile_seconds():
 
 
 def resources():
-    """What a thread and a block of each kernel take, for the types of most calls."""
+    """Registers and memory that each kernel takes, for the types of most calls."""
     types = kernels.Types("float32", "float32", "float32", "float32", False, False)
     names = {"registers": "num_regs", "bytes of local memory": "local_size_bytes", "of shared": "shared_size_bytes"}
     made = {name: kernels.kernel(name, types) for name in kernels.KERNELS}
@@ -222,7 +223,7 @@ def measure(names, runs, flush_bytes, shrink):
             for side, steps in sides.items():
                 for step, function in steps.items():
                     times.setdefault(step, {})[side] = timer.ms(function)
-                    # its boxes are of the features' dtype: in float16 they are other boxes
+                    # torchvision takes boxes in the dtype of the features, which rounds them in float16
                     if dtype == "float32" and step in sides.get("torchvision", {}):
                         far = off(function(), sides["torchvision"][step]())
                         report["largest difference from torchvision"][f"{case} {step} {side}"] = far
@@ -246,7 +247,7 @@ def reproducible(p, runs):
 
 
 def overhead(p, runs):
-    """Of calls whose kernels take next to nothing."""
+    """Microseconds per call of kernels that take next to no time."""
     sides = sides_of(p, "float32")
     return {side: call_us(steps["forward"], runs) for side, steps in sides.items()}
 
@@ -276,7 +277,8 @@ def picture(report, path):
         for number, side in enumerate(sides):
             places = [i + (number - (len(sides) - 1) / 2) * 0.8 / len(sides) for i in range(len(cases))]
             heights = [times[step].get(side, [np.nan])[0] for times in cases.values()]
-            axes.bar(places, heights, 0.8 / len(sides), label=side if side == "torchvision" else f"ours, {side}")
+            label = side if side == "torchvision" else f"cupy_roialign, {side}"
+            axes.bar(places, heights, 0.8 / len(sides), label=label)
         axes.plot(range(len(cases)), list(report["floor, ms"].values()), "k_", markersize=24, label="floor")
         axes.set(title=step, yscale="log", ylabel="ms" if step == "forward" else "")
         axes.set_xticks(range(len(cases)), list(cases), rotation=30, ha="right")

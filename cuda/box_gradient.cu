@@ -25,10 +25,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) box_gradient(const
             const Spot spot(task, number);
             const int taps_y = along[0].count[spot.y], taps_x = along[1].count[spot.x];
             if (taps_y == 0 || taps_x == 0) continue;
-            const Offset crop = (Offset)task.item * (Offset)a.output_strides[0] + (Offset)spot.channel * (Offset)a.output_strides[1] +
+            const Offset crop = (Offset)task.item * (Offset)a.output_strides[0] +
+                                (Offset)spot.channel * (Offset)a.output_strides[1] +
                                 (Offset)(task.first[0] + spot.y) * (Offset)a.output_strides[2] +
                                 (Offset)(task.first[1] + spot.x) * (Offset)a.output_strides[3];
-            const Offset plane = (Offset)image * (Offset)a.feature_strides[0] + (Offset)spot.channel * (Offset)a.feature_strides[1];
+            const Offset plane = (Offset)image * (Offset)a.feature_strides[0] +
+                                 (Offset)spot.channel * (Offset)a.feature_strides[1];
             Compute grads[LANES];
             by_lanes(spot.lanes, a.packed_crops, [&](auto whole) {
                 read_lanes<Grad>(whole, a.grad_output, crop, (Offset)a.output_strides[1], spot.lanes, grads);

@@ -16,7 +16,8 @@ DEVICE void make_crops(const Arguments& a, Task& task, TapTable<Weight>* along, 
             UNROLL for (int m = 0; m < SPOTS; ++m) {
                 const Spot spot(task, first + threadIdx.x + m * THREADS);
                 if (spot.lanes == 0) continue;
-                const Offset plane = (Offset)image * (Offset)a.feature_strides[0] + (Offset)spot.channel * (Offset)a.feature_strides[1];
+                const Offset plane = (Offset)image * (Offset)a.feature_strides[0] +
+                                     (Offset)spot.channel * (Offset)a.feature_strides[1];
                 const int taps_y = along[0].count[spot.y], taps_x = along[1].count[spot.x];
                 if (taps_y == 0 || taps_x == 0) continue;
                 sampled[m] = true;

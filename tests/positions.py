@@ -1,4 +1,4 @@
-"""Boxes that are hard on the arithmetic of positions, and the numbers that every implementation must give, to the bit."""
+"""Boxes that are hard on the arithmetic of positions, and the numbers that all implementations must give."""
 
 import itertools
 

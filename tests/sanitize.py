@@ -6,6 +6,8 @@ import cupy
 import numpy as np
 
 import cupy_roialign as cr
+from cupy_roialign import rule as rules
+from cupy_roialign.gpu import cupy_arrays
 from tests.test_kernels import problem
 
 
@@ -29,16 +31,21 @@ def main():
         if last:
             values = np.ascontiguousarray(values.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
         on_gpu = cupy.asarray(values)
-        place = {"batch_indices": cupy.asarray(indices)} if operator is cr.roi_align else {}
-        others = () if operator is cr.roi_align else (cupy.asarray(indices),)
-        output, pullback = cr.vjp(operator, on_gpu, cupy.asarray(boxes), *others, (5, 9), **place, **options)
+        name = "batch_indices" if operator is cr.roi_align else "box_indices"
+        size = {"output_size" if operator is cr.roi_align else "crop_size": (5, 9)}
+        options = {name: cupy.asarray(indices), **size, **options}
+        output, pullback = cr.vjp(operator, on_gpu, cupy.asarray(boxes), **options)
         to_features, to_boxes = pullback(cupy.asarray(cotangent))
         sound = [k for k in range(len(boxes)) if k not in (5, 6)]
         assert np.isfinite(output.get()[sound]).all()
         assert np.isfinite(to_features.get()).all()
         assert np.isfinite(to_boxes.get()[sound]).all()
-        calls += 3
-    print(f"{calls} kernels ran")
+        along = cupy_arrays.forward(
+            on_gpu, *map(cupy.asarray, (boxes, indices)), rules.roi_align((5, 9)), [cupy.asarray(boxes * 0 + 1)]
+        )
+        assert np.isfinite(along.get()[sound]).all()
+        calls += 4
+    print(f"{calls} calls ran")
 
 
 if __name__ == "__main__":

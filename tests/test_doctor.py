@@ -36,7 +36,7 @@ def facts(cuda=None, gpus=(), error=None, cupy=None, torch=None, **environment):
         "python": "3.12.0",
         "platform": "Linux",
         "numpy": "2.0.0",
-        "scipy": {"version": None, "error": None},
+        "compiled": {"numba": None, "error": None, "why_not": "Numba is not installed"},
         "threads": {"count": 2, "error": None},
         "driver": {"cuda": cuda, "release": cuda and "550.54.15", "devices": devices, "error": error},
         "cupy": no_cupy | (cupy or {}),
@@ -142,6 +142,12 @@ SITUATIONS = {
         {"gpu_hidden": []},
         ("unset", "nvidia-smi -L"),
     ),
+    "CuPy is too old": (
+        facts((13, 0), [HOPPER], cupy=CUPY_13 | {"version": "12.3.0"}, torch=TORCH),
+        {},
+        {"cupy_old": ["cupy", "torch_cuda"]},
+        ("pip uninstall -y cupy-cuda13x && pip install 'cupy_roialign[cuda13]'",),
+    ),
     "two CuPys, which work": (
         facts((12, 4), [HOPPER], cupy=CUPY_12 | {"distributions": ["cupy-cuda12x", "cupy-cuda13x"]}),
         {},
@@ -194,7 +200,7 @@ def test_diagnosis(name):
     assert all(problem["do"] in text for problem in diagnosis)
     assert ("Problem" in text) == any(codes.values())
     assert ("No problems." in text) == (not codes)
-    assert ("none: the GPU is not used" in text) == (found["driver"]["cuda"] is None)
+    assert ("none: no GPU is used" in text) == (found["driver"]["cuda"] is None)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +220,11 @@ def test_diagnosis(name):
             (None, None, "PyTorch finds no GPU"),
         ),
         (facts(torch={"error": "OSError"}), [], ("CuPy is not installed", *["PyTorch cannot be imported"] * 2)),
+        (
+            facts((13, 0), [HOPPER], cupy=CUPY_13 | {"version": "11.6.0"}),
+            [],
+            ("CuPy 11.6.0 is too old", *["PyTorch is not installed"] * 2),
+        ),
     ],
 )
 def test_which_backend_and_why(found, on_gpu, words):
@@ -388,12 +399,55 @@ def test_a_driver_that_hangs_is_not_asked_again(error, seen, monkeypatch):
 
 
 def test_folders_that_pass_for_modules(monkeypatch):
-    for name in ("cupy", "torch", "scipy"):
+    for name in ("cupy", "torch", "numba"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     found = doctor.gather()
-    assert {found[name]["version"] for name in ("cupy", "torch", "scipy")} == {"unknown"}
+    assert {found["cupy"]["version"], found["torch"]["version"], found["compiled"]["numba"]} == {"unknown"}
     assert not found["cupy"]["gpus"]
     assert doctor.self_test("torch_cpu").startswith("AttributeError: ")
+
+
+@pytest.mark.parametrize(
+    ("why_not", "numba", "error", "environment", "words"),
+    [
+        ("", "0.68.1", None, {}, "compiled by Numba 0.68.1"),
+        (
+            "Numba is not installed.",
+            None,
+            None,
+            {},
+            "NumPy alone, because Numba is not installed; pip install 'cupy_roialign[cpu]' makes the CPU faster",
+        ),
+        (
+            "CUPY_ROIALIGN_COMPILED is 0",
+            "0.68.1",
+            None,
+            {"CUPY_ROIALIGN_COMPILED": "0"},
+            "NumPy alone, because CUPY_ROIALIGN_COMPILED is 0; unset CUPY_ROIALIGN_COMPILED to make the CPU faster",
+        ),
+        (
+            "Numba cannot be imported (it needs NumPy 2.4 or older)",
+            None,
+            "ImportError: Numba needs NumPy 2.4 or less",
+            {},
+            "NumPy alone, because Numba cannot be imported (it needs NumPy 2.4 or older); "
+            "pip install --upgrade 'cupy_roialign[cpu]' makes the CPU faster",
+        ),
+    ],
+)
+def test_compiled_loops(why_not, numba, error, environment, words, monkeypatch):
+    """Without them the CPU works, only slower: no problem."""
+    monkeypatch.delenv("CUPY_ROIALIGN_COMPILED", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cpu_backend, "not_compiled", lambda: why_not)
+    module = types.SimpleNamespace(__version__=numba) if numba else None
+    imported = doctor._imported
+    monkeypatch.setattr(doctor, "_imported", lambda name: (module, error) if name == "numba" else imported(name))
+    found = doctor.examine()
+    assert f"CPU loops       {words}\n" in doctor.report(found)
+    assert found["compiled"]["why_not"] == (why_not.rstrip(".") or None)
+    assert not [problem for problem in found["problems"] if "umba" in problem["what"]]
 
 
 # ---- the program ----
@@ -439,10 +493,23 @@ def test_the_program_where_all_is_broken(fake_driver, tmp_path):
 def test_exit_status_and_output(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "gather", lambda: facts((13, 0), [HOPPER]))
     assert __main__.main([]) == 1
-    assert "Problem, which stops CuPy arrays:" in capsys.readouterr().out
+    assert "Problem with CuPy arrays:" in capsys.readouterr().out
     monkeypatch.setattr(doctor, "gather", lambda: facts())
     assert __main__.main(["--json"]) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
+
+
+def test_a_reader_that_closes_the_pipe():
+    """As `head` does."""
+    command = [sys.executable, "-m", "cupy_roialign", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    error = process.stderr.read()
+    status = process.wait(timeout=120)
+    process.stderr.close()
+    assert error == ""
+    assert status in (0, 1)
 
 
 # ---- errors ----
@@ -566,6 +633,12 @@ def test_cupy_without_a_toolkit(message, failing, emulated):
     assert tests["cupy"] == f"RuntimeError: {message}"
     (problem,) = doctor.diagnose(facts((13, 0), [HOPPER], cupy=CUPY_13), tests)
     assert f"{problem['what']}; {problem['do']}" == str(caught.value)
+
+
+def test_an_old_cupy_is_refused_before_it_compiles(failing, emulated, monkeypatch):
+    monkeypatch.setattr(emulated, "__version__", "12.3.0", raising=False)
+    with pytest.raises(RuntimeError, match=r"^CuPy 12.3.0 is too old: 13 or newer is needed; pip uninstall -y"):
+        cr.roi_align(emulated.zeros((1, 1, 4, 4), np.float32), emulated.zeros((1, 5), np.float32), 2)
 
 
 def test_another_failure_to_compile_stays_as_it_is(failing, emulated):

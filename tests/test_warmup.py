@@ -1,8 +1,11 @@
 """`python -m cupy_roialign warmup`: what it compiles, and what it says."""
 
 import argparse
+import os
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from cupy_roialign.cpu import backend as cpu_backend
 from cupy_roialign.diagnose import driver, warmup
 from cupy_roialign.gpu import kernels
 
+ROOT = Path(__file__).parents[1]
 BOXES = np.array([[0.0, 0.0, 3.0, 3.0]])
 
 
@@ -68,7 +72,23 @@ def test_by_default_it_is_what_most_ask_for(asked, emulated):
                 call(emulated, operator, dtype, "float32", channels_last, gradients=True)
     assert chosen() == asked
     assert len(chosen("--large")) == 2 * len(asked)
+    assert {file for file, _ in chosen("--double-backward") - chosen()} == {"forward_along.cu"}
     assert len(chosen("--all")) == len(kernels.instantiations())
+
+
+@pytest.fixture(autouse=True)
+def loops(monkeypatch):
+    """A function to which one says whether the loops for the CPU are compiled; at first they are not."""
+
+    def compiled(why_not, seconds=1.25):
+        monkeypatch.setattr(cpu_backend, "not_compiled", lambda: why_not)
+        monkeypatch.setattr(cpu_backend, "compile_ahead", lambda: seconds)
+
+    compiled("Numba is not installed")
+    return compiled
+
+
+NO_LOOPS = "CPU loops: not compiled, because Numba is not installed\n"
 
 
 def run(capsys, *arguments):
@@ -95,9 +115,10 @@ def test_it_compiles(bar, cupy, capsys, monkeypatch, tmp_path):
     assert status == 0
     assert compiled == [("forward", kernels.Types(*["float32"] * 4, False, False))]
     sizes = [path.stat().st_size for path in tmp_path.iterdir()]  # a GPU's kernel is kept, where it was not before
-    assert re.match(rf"Kernels: 1, new: {len(sizes) - 1}, in .* s\n", output)
+    assert re.match(rf"GPU kernels: 1, new: {len(sizes) - 1}, in .* s\n", output)
     assert f"CuPy's kernel cache: {tmp_path}, {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB\n" in output
-    assert ("1/1 [" in progress) if bar else (progress == "1/1 forward\n")
+    assert progress.startswith(NO_LOOPS)
+    assert ("1/1 [" in progress) if bar else (progress == NO_LOOPS + "1/1 forward\n")
 
 
 def test_it_says_which_kernel_failed(emulated, capsys, monkeypatch):
@@ -136,6 +157,25 @@ def test_without_a_gpu(emulated, capsys, monkeypatch):
     status, output, error = run(capsys)
     assert (status, output) == (1, "")
     assert "CuPy finds no GPU" in error
+
+
+def test_loops_alone(capsys, monkeypatch, loops):
+    """Without a GPU the status is 0 if they are compiled."""
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    loops("")
+    status, output, error = run(capsys)
+    assert (status, output) == (0, "CPU loops: ready in 1.2 s\n")
+    assert error.startswith("GPU kernels: not compiled, because there is no NVIDIA driver; ")
+
+
+def test_loops_are_compiled(capsys, monkeypatch):
+    """By the program as a user runs it."""
+    pytest.importorskip("numba")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUPY_ROIALIGN_COMPILED": "1"}
+    command = [sys.executable, "-m", "cupy_roialign", "warmup", "--inference"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"CPU loops: ready in \d+\.\d s\n", done.stdout)
 
 
 def test_wrong_options(capsys):

@@ -1,11 +1,11 @@
-"""`python -m cupy_roialign warmup`: compiles the loops for the CPU and the kernels for a GPU ahead of their first use."""
+"""`python -m cupy_roialign warmup`: compiles the loops for the CPU and the kernels for a GPU before their first use."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from cupy_roialign import arrays, geometry, rule
 from cupy_roialign.cpu import backend as cpu_backend
@@ -14,8 +14,12 @@ from cupy_roialign.gpu import kernels
 
 Instantiation = tuple[str, kernels.Types]
 
-RULES = {"crop_and_resize": rule.crop_and_resize, "roi_crop": rule.roi_crop, "roi_align": rule.roi_align}
-"""The rule of each operator."""
+RULES: dict[str, Callable[[tuple[int, int]], rule.Rule]] = {
+    "crop_and_resize": rule.crop_and_resize,
+    "roi_crop": rule.roi_crop,
+    "roi_align": rule.roi_align,
+}
+"""The rule of each operator, for a number of bins."""
 
 ORDERS = {"contiguous": (False,), "channels-last": (True,), "both": (False, True)}
 """`Types.channels_last` of each choice of memory orders."""

@@ -67,9 +67,7 @@ class GpuBackend(abc.ABC):
 
     # ---- the operators ----
 
-    def forward(
-        self, features: Any, boxes: Any, batch_indices: Any, rule: Rule, directions: Sequence[Any] = ()
-    ) -> Any:
+    def forward(self, features: Any, boxes: Any, batch_indices: Any, rule: Rule, directions: Sequence[Any] = ()) -> Any:
         """(K, C, bins_y, bins_x) crops, in the memory order of `features`; NaN for a broken box.
 
         With `directions`, up to two changes of the boxes and like them in shape: the derivative of the crops along

@@ -1,7 +1,7 @@
 """The CUDA sources in cuda/, compiled into kernels by CuPy at first use.
 
-An instantiation is a kernel's name and the types that it is compiled for. CuPy compiles it for the current device, keeps
-the result on disk, and loads it once on each device.
+An instantiation is a kernel's name and the types that it is compiled for. CuPy compiles it for the current device,
+keeps the result on disk, and loads it once on each device.
 """
 
 from __future__ import annotations

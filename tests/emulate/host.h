@@ -2,6 +2,7 @@
 // The threads of a block are fibers. Each runs until it reaches a barrier, and between two barriers they run in
 // shuffled order, so that what is not ordered by a barrier shows as a wrong result.
 #include <math.h>
+#include <setjmp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -80,24 +81,50 @@ __shared__ __attribute__((used)) int always_some_shared_memory;  // so that its 
 
 namespace emulation {
 const size_t STACK = 128 << 10;
-struct Fiber { ucontext_t context; std::vector<char> stack; bool done; const char* barrier; int vote; };
+struct Fiber {
+    std::vector<char> stack;
+    jmp_buf paused;
+    bool begun = false, done;  // begun: it has a stack frame to come back to
+    const char* barrier;
+    int vote;
+};
 static std::vector<Fiber> fibers;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static int current, verdict;
 static char message[200];
 static void (*body)();
 
-static void enter() {
-    body();
-    fibers[current].done = true;
-    swapcontext(&fibers[current].context, &scheduler);
+// Fibers change places by longjmp: swapcontext would ask the system twice each time.
+__attribute__((noinline)) static void pause() {
+    if (_setjmp(fibers[current].paused) == 0) _longjmp(scheduler, 1);
+}
+
+// A fiber runs the kernel again and again, for one block after another.
+static void run() {
+    for (;;) {
+        body();
+        fibers[current].done = true;
+        pause();
+    }
+}
+
+__attribute__((noinline)) static void resume(Fiber& fiber) {
+    if (_setjmp(scheduler) != 0) return;
+    if (fiber.begun) _longjmp(fiber.paused, 1);
+    fiber.begun = true;
+    static ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.data();
+    context.uc_stack.ss_size = fiber.stack.size();
+    context.uc_link = nullptr;
+    makecontext(&context, run, 0);
+    setcontext(&context);
 }
 
 [[maybe_unused]] static int wait(const char* barrier, int vote) {
-    Fiber& fiber = fibers[current];
-    fiber.barrier = barrier;
-    fiber.vote = vote;
-    swapcontext(&fiber.context, &scheduler);
+    fibers[current].barrier = barrier;
+    fibers[current].vote = vote;
+    pause();
     return verdict;
 }
 
@@ -106,14 +133,8 @@ static bool run_block(int threads, std::mt19937& random) {
     memset(&start, 0xff, &stop - &start);  // a NaN, wherever a number is read before it is written
     std::vector<int> order(threads);
     for (int i = 0; i < threads; ++i) {
-        Fiber& fiber = fibers[i];
         order[i] = i;
-        fiber.done = false;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, enter, 0);
+        fibers[i].done = false;
     }
     for (int left = threads; left;) {
         std::shuffle(order.begin(), order.end(), random);
@@ -122,7 +143,7 @@ static bool run_block(int threads, std::mt19937& random) {
             fibers[i].barrier = nullptr;
             current = i;
             threadIdx.x = i;
-            swapcontext(&scheduler, &fibers[i].context);
+            resume(fibers[i]);
         }
         const char* barrier = nullptr;
         int votes = 0, waiting = 0;
@@ -151,6 +172,8 @@ static const char* launch(void (*kernel)(), long long blocks, int threads, unsig
     body = kernel;
     fibers.resize(threads);
     for (Fiber& fiber : fibers) fiber.stack.resize(STACK);
+    if (message[0])  // in an earlier launch, which left fibers where they were
+        for (Fiber& fiber : fibers) fiber.begun = false;
     gridDim = {(unsigned)blocks, 1, 1};
     blockDim = {(unsigned)threads, 1, 1};
     std::mt19937 random(seed);
