@@ -90,7 +90,7 @@ def affine(rule: Rule, low: Real, high: Real, bins: int, size: int, real: Any) -
 
 
 def edge_slopes(rule: Rule, low: Real, high: Real, bins: int, size: int, real: Any) -> tuple[Real, Real, Real]:
-    """d start / d low, d start / d high, and d step / d high, of which d step / d low is the negative; in float64."""
+    """D start / d low, d start / d high, and d step / d high, of which d step / d low is the negative; in float64."""
     if rule.frame == _SCALED:
         scale = np.float64(real(rule.spatial_scale))
         if rule.aligned:
@@ -118,7 +118,7 @@ def position(rule: Rule, origin: Real, step: Real, samples: Any, i: Any, real: A
 
 
 def lever(rule: Rule, p: Any, samples: Any, i: Any) -> Any:
-    """d position / d step, in float64."""
+    """D position / d step, in float64."""
     offset = 0.5 if rule.frame == _SCALED else 0.0
     return p + (i + offset) / samples
 

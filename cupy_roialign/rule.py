@@ -89,7 +89,7 @@ def roi_align(
     aligned: bool = False,
     columns: Columns = X1_Y1_X2_Y2,
 ) -> Rule:
-    """torchvision's operator."""
+    """Torchvision's operator."""
     return Rule(Frame.SCALED, Taps.LINEAR, Border.CLAMP, bins, columns, spatial_scale, sampling_ratio, aligned)
 
 

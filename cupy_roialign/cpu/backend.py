@@ -14,7 +14,8 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from cupy_roialign import arrays, rule as rules, validation
+from cupy_roialign import arrays, validation
+from cupy_roialign import rule as rules
 from cupy_roialign.cpu import plain
 from cupy_roialign.cpu.weights import Job
 from cupy_roialign.rule import Rule
@@ -70,12 +71,6 @@ def compile_ahead() -> float:
 
 def _way() -> Any:
     return _compiled()[0] or plain
-
-
-def join(boxes: list[np.ndarray], like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of (L_i, 4) boxes, one for each image, as (K, 4) boxes and (K,) batch indices, beside `like`."""
-    indices = np.repeat(np.arange(len(boxes)), [len(part) for part in boxes])
-    return np.concatenate(boxes) if boxes else np.zeros((0, 4), np.float32), indices
 
 
 @_quietly

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from cupy_roialign import geometry, rule as rules
+from cupy_roialign import geometry
+from cupy_roialign import rule as rules
 from cupy_roialign.cpu import loops, threads, weights
 from cupy_roialign.cpu.weights import Job, Rows
 from cupy_roialign.rule import Rule
@@ -28,8 +30,8 @@ from cupy_roialign.rule import Rule
 BLOCK = loops.GROUP
 """Channels that are brought over at a time, so that a pixel of them is a cache line of float32."""
 
-CROPS = 2**18
-"""Bytes of crops that are made at a time before they are brought back; they stay in the cache."""
+BATCH = 2**18
+"""Bytes of crops that are worked on at a time before they are brought back; they stay in the cache."""
 
 
 class _Spec(NamedTuple):
@@ -45,38 +47,29 @@ class _Spec(NamedTuple):
 
 # ---- machine code ----
 
-_I, _B = numba.int64, numba.boolean
-
-
-def _in(kind: Any, axes: int = 1) -> Any:
-    return numba.types.Array(kind, axes, "C", readonly=True)
-
-
-def _out(kind: Any, axes: int) -> Any:
-    return numba.types.Array(kind, axes, "C")
-
 
 def _signature(name: str, dtype: str) -> tuple[Any, ...]:
     """The types of a loop's arguments, whose features are of `dtype`; or positions, for rows."""
-    f, i, lines = numba.from_dtype(np.dtype(dtype)), _in(_I), _in(numba.from_dtype(np.dtype(dtype)), 3)
-    weights = (numba.types.Tuple((i, _in(_I, 2), i, _in(f))), _I)
-    sloped = (numba.types.Tuple((i, _in(_I, 2), i, _in(f), _in(f), _in(f))), _I)
-    where, scratch = (_I, _I, _I, _I), (_out(numba.uint32, 2), _out(f, 2))
+    f, i, array = numba.from_dtype(np.dtype(dtype)), numba.int64, numba.types.Array
+    indices, edges, found = (
+        array(i, 1, "C", readonly=True),
+        array(f, 1, "C", readonly=True),
+        array(numba.float64, 1, "C"),
+    )
     if name == "rows":
-        spec, found = numba.typeof(_Spec(0, 0, 0, 1.0, 1, True)), _out(numba.float64, 1)
-        return spec, _in(f), _in(f), _I, _I, _out(_I, 1), _out(_I, 2), _out(_I, 1), found, found, found
+        spec, found = numba.typeof(_Spec(0, 0, 0, 1.0, 1, True)), array(numba.float64, 1, "C")
+        return spec, edges, edges, i, i, array(i, 1, "C"), array(i, 2, "C"), array(i, 1, "C"), found, found, found
+    read, written = array(f, 3, "C", readonly=True), array(f, 3, "C")
+    along = numba.types.Tuple((indices, array(i, 2, "C", readonly=True), indices, edges, edges, edges))
+    at = (*[i] * 6, indices, indices, along, i, along, i, array(numba.uint32, 2, "C"), array(f, 2, "C"))
     if name == "crops":
-        return lines, *where, i, i, *weights, *weights, *scratch, _B, _out(f, 2), _B, _out(f, 3)
+        return read, *at, numba.boolean, array(f, 2, "C"), numba.boolean, written
     if name == "spread":
-        return _out(f, 3), *where, _I, _I, i, i, *weights, *weights, *scratch, lines
-    if name == "slopes":
-        return lines, *where, i, i, *sloped, *sloped, *scratch, _out(f, 2), _B, lines, _out(numba.float64, 2)
-    if name == "gather":
-        return _in(f, 4), i, _I, _I, _I, _out(f, 4)
-    return _in(f, 4), i, _I, _I, _I, _B, _out(f, 4)  # scatter
+        return written, *at, read
+    return read, *at, array(f, 2, "C"), numba.boolean, read, array(numba.float64, 2, "C")  # slopes
 
 
-NAMES = ("rows", "crops", "spread", "slopes", "gather", "scatter")
+NAMES = ("rows", "crops", "spread", "slopes")
 
 _lock = threading.Lock()
 
@@ -133,12 +126,74 @@ def rows(rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int, sl
 
 @functools.lru_cache(maxsize=256)
 def _spec(rule: Rule) -> _Spec:
-    return _Spec(
-        int(rule.frame), int(rule.taps), int(rule.border), rule.spatial_scale, rule.sampling_ratio, rule.aligned
-    )
+    frame, taps, border = int(rule.frame), int(rule.taps), int(rule.border)
+    return _Spec(frame, taps, border, rule.spatial_scale, rule.sampling_ratio, rule.aligned)
 
 
 # ---- the three functions ----
+
+
+def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
+    """Writes the crops; 0 in bins without a sample."""
+    leveled = bool(job.directions)
+    for some, terms in job.weights(rows):
+        parts = _parts(job, some, terms, features, output)
+
+        def work(part: _Part, terms: Any = terms) -> None:
+            for strip, boxes in part.strips(features):
+                if strip.top == part.rows.start:
+                    made = part.lines_of(output, boxes, write=True)
+                    levels = np.zeros((len(made) * leveled, strip.channels), job.dtype)
+                for i, (y, x) in enumerate(terms):
+                    again = i > 0 or strip.top > part.rows.start
+                    part.call("crops", strip, boxes, y, x, 6, leveled, levels, again, made)
+                if not part.in_place and strip.bottom == part.rows.stop:
+                    pixels = made.reshape(len(made), *job.rule.bins, strip.channels)
+                    output[part.start + boxes, part.channels] = pixels.transpose(0, 3, 1, 2)
+
+        threads.run(work, parts, _cost(job, terms))
+
+
+def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
+    """Adds the feature gradient, box after box."""
+    for some, terms in job.weights(rows):
+        owned: dict[Any, list[_Part]] = {}  # by the part of the features that they add to
+        for part in _parts(job, some, terms, total, bands=True):
+            owned.setdefault((part.image, part.channels.start, part.in_place and part.rows.start), []).append(part)
+
+        def work(own: list[_Part], terms: Any = terms) -> None:
+            for part in own:
+                for strip, boxes in part.strips(total, add=True):
+                    grads = part.lines_of(grad, boxes)
+                    for y, x in terms:
+                        part.call("spread", strip, boxes, y, x, 3, grads)
+
+        threads.run(work, owned.values(), _cost(job, terms))
+
+
+def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray) -> None:
+    """Adds to `sums`, (K, 4), the gradients with respect to y's start and step, and x's."""
+    for some, terms in job.weights(rows, slopes=True):
+        for (y, x), axes in zip(terms, job.free_axes(), strict=True):
+            parts = _parts(job, some, [(y, x)], features, alike=True)
+            found = [np.zeros((len(part.boxes), 4)) for part in parts]
+
+            def work(item: tuple[_Part, np.ndarray], y: Rows = y, x: Rows = x) -> None:
+                part, each = item
+                for strip, boxes in part.strips(features):
+                    grads, again = part.lines_of(grad, boxes), strip.top > part.rows.start
+                    if not again:
+                        levels = np.empty((len(grads), strip.channels), job.dtype)
+                    to = each[np.searchsorted(part.boxes, boxes[0]) :][: len(boxes)]
+                    part.call("slopes", strip, boxes, y, x, 16, levels, again, grads, to)
+
+            threads.run(work, zip(parts, found, strict=True), 4 * _cost(job, [(y, x)]))
+            columns = [column for axis in axes for column in (2 * axis, 2 * axis + 1)]
+            for part, each in zip(parts, found, strict=True):
+                sums[np.ix_(part.start + part.boxes, columns)] += each[:, columns]
+
+
+# ---- what they are given ----
 
 
 class _Lines(NamedTuple):
@@ -160,292 +215,152 @@ class _Lines(NamedTuple):
             return cls(pixels.reshape(count, height, width * channels), 1, channels)
         return None
 
-    def some(self, boxes: slice) -> np.ndarray:
-        return self.lines[boxes.start * self.planes : boxes.stop * self.planes]
+
+class _Strip(NamedTuple):
+    """Lines to work on; the arguments that loops begin with."""
+
+    lines: np.ndarray
+    planes: int
+    channels: int
+    y0: int  # the image's pixel at which they begin
+    x0: int
+    top: int  # only these rows of the image
+    bottom: int
 
 
-class _Window(NamedTuple):
-    """A part of an image, of some channels, that is brought over for some boxes."""
+class _Part(NamedTuple):
+    """Boxes to work on: in place, or in a window of an image that is brought over, for some channels."""
 
+    job: Job
+    in_place: _Lines | None  # the features, or their gradient
+    start: int  # of the group of boxes
+    boxes: np.ndarray  # numbers within the group
     image: int
-    boxes: np.ndarray  # numbers within their group
-    rows: range  # from y0 to y1, in steps that the workspace holds
+    rows: range  # from the first to the last, in steps that the workspace holds
     columns: slice
     channels: slice
 
-    @property
-    def strips(self) -> list[slice]:
-        return [slice(y, min(y + self.rows.step, self.rows.stop)) for y in self.rows]
+    def strips(self, array: np.ndarray, add: bool = False) -> Iterator[tuple[_Strip, np.ndarray]]:
+        """Lines, and boxes to work on with them: some boxes after others, or a single one several times.
 
-    def empty(self, strip: slice, dtype: np.dtype) -> np.ndarray:
-        """(1, h, w, channels)"""
-        shape = (strip.stop - strip.start, self.columns.stop - self.columns.start)
-        return np.empty((1, *shape, self.channels.stop - self.channels.start), dtype)
+        `add`: lines that are brought over begin with 0, and are added to the array in the end.
+        """
+        if self.in_place:
+            yield _Strip(*self.in_place, 0, 0, self.rows.start, self.rows.stop), self.boxes
+            return
+        width, count = self.columns.stop - self.columns.start, self.channels.stop - self.channels.start
+        each = max(1, BATCH // (math.prod(self.job.rule.bins) * count * self.job.dtype.itemsize))
+        for top in self.rows:
+            bottom = min(top + self.rows.step, self.rows.stop)
+            window = array[self.image, self.channels, top:bottom, self.columns]
+            pixels = (np.zeros if add else np.empty)((1, bottom - top, width, count), self.job.dtype)
+            if not add:
+                np.copyto(pixels[0].transpose(2, 0, 1), window, casting="unsafe")
+            strip = _Strip(pixels.reshape(1, bottom - top, -1), 1, count, top, self.columns.start, top, bottom)
+            for first in range(0, len(self.boxes), each):
+                yield strip, self.boxes[first : first + each]
+            if add:
+                window += pixels[0].transpose(2, 0, 1)
 
+    def lines_of(self, array: np.ndarray, boxes: np.ndarray, write: bool = False) -> np.ndarray:
+        """Crops of some of the boxes, or gradients of them, as lines; `write`: to be written, and brought back."""
+        dtype, bins, first = self.job.dtype, self.job.rule.bins, self.start + int(boxes[0])
+        taken: Any = slice(first, first + len(boxes)) if self.in_place else self.start + boxes
+        if self.in_place:
+            planes, lines = self.in_place.planes, _Lines.of(array, dtype)
+            if lines and lines.planes == planes:
+                return lines.lines[first * planes : (first + len(boxes)) * planes]
+            if planes > 1:
+                return np.ascontiguousarray(array[taken], dtype).reshape(-1, *bins)
+        pixels = np.empty((len(boxes), *bins, self.channels.stop - self.channels.start), dtype)
+        if not write:
+            np.copyto(pixels.transpose(0, 3, 1, 2), array[taken, self.channels], casting="unsafe")
+        return pixels.reshape(*pixels.shape[:2], -1)
 
-def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
-    """Writes the crops; 0 in bins without a sample."""
-    crop, leveled = _loop("crops", job.dtype.char), bool(job.directions)
-    lines, out = _Lines.of(features, job.dtype), _Lines.of(output, job.dtype)
-    for some, terms in job.weights(rows):
-        if lines is not None and out is not None and lines.planes == out.planes and _in_place(job, lines, terms):
-
-            def direct(part: slice, lines: _Lines = lines, some: slice = some, out: Any = out, terms: Any = terms) -> None:
-                numbers, images = _numbers(job, some, part)
-                levels = np.zeros((len(numbers) * lines.planes * leveled, lines.channels), job.dtype)
-                of = out.some(slice(some.start + part.start, some.start + part.stop))
-                for again, (y, x) in enumerate(terms):
-                    crop(
-                        *lines, 0, 0, numbers, images, y[:4], job.rule.bins[0], x[:4], job.rule.bins[1],
-                        *_scratch(job, lines.lines, lines.channels, x, 6), leveled, levels, again > 0, of,
-                    )  # fmt: skip
-
-            threads.run(direct, threads.parts(some.stop - some.start, _cost(job, terms)), _cost(job, terms))
-            continue
-
-        def brought(window: _Window, some: slice = some, terms: Any = terms) -> None:
-            loaded, pixels, channels = None, None, window.channels.stop - window.channels.start
-            each = job.rule.bins[0] * job.rule.bins[1] * channels * job.dtype.itemsize
-            for numbers in _cut(window.boxes, CROPS // each):
-                made = np.empty((len(numbers), *job.rule.bins, channels), job.dtype)
-                images = np.zeros(len(numbers), np.int64)
-                levels = np.zeros((len(numbers), channels), job.dtype)
-                for strip in window.strips:
-                    if strip != loaded:
-                        loaded, pixels = strip, window.empty(strip, job.dtype)
-                        _bring(features, np.array([window.image]), window, strip, pixels)
-                    for again, (y, x) in enumerate(terms):
-                        crop(
-                            _flat(pixels), 1, channels, strip.start, window.columns.start, numbers, images,
-                            y[:4], job.rule.bins[0], x[:4], job.rule.bins[1],
-                            *_scratch(job, _flat(pixels), channels, x, 6), leveled, levels, again > 0 or strip.start > window.rows.start, _flat(made),
-                        )  # fmt: skip
-                _return(made, some.start + numbers, window.channels, 0, 0, False, output)
-
-        windows, empty = _windows(job, some, terms)
-        output[some.start + empty] = 0
-        threads.run(brought, windows, _cost(job, terms))
+    def call(self, name: str, strip: _Strip, boxes: np.ndarray, y: Rows, x: Rows, lines: int, *rest: Any) -> None:
+        """Calls a loop, with memory for so many lines."""
+        bins, channels = self.job.rule.bins, strip.channels
+        most = int((x.begin[bins[1] :: bins[1]] - x.begin[: -bins[1] : bins[1]]).max()) + bins[1]
+        places = np.empty((4, most * min(channels, loops.LANES)), np.uint32)
+        scratch = np.empty((lines, max(strip.lines.shape[2], most * channels) + 1), self.job.dtype)
+        images = self.job.images[self.start + boxes] if self.in_place else np.zeros(len(boxes), np.int64)
+        loop = _loop(name, self.job.dtype.char)
+        loop(*strip, boxes, images, tuple(y), bins[0], tuple(x), bins[1], places, scratch, *rest)
 
 
-def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
-    """Adds the feature gradient, box after box."""
-    spread = _loop("spread", job.dtype.char)
-    lines = _Lines.of(total, job.dtype)
-    for some, terms in job.weights(rows):
-        bins = job.rule.bins
-        if lines is not None and _in_place(job, lines, terms):
-            grads = _as_lines(grad, some, lines.planes, job.dtype)
-            numbers, images = _numbers(job, some, slice(0, some.stop - some.start))
+def _parts(
+    job: Job,
+    some: slice,
+    terms: list[tuple[Rows, Rows]],
+    array: np.ndarray,
+    output: np.ndarray | None = None,
+    bands: bool = False,
+    alike: bool = False,
+) -> list[_Part]:
+    """How to work on a group of boxes.
 
-            def direct(
-                band: slice, lines: _Lines = lines, grads: Any = grads, at: Any = (numbers, images), terms: Any = terms
-            ) -> None:
-                for y, x in terms:
-                    spread(*lines, 0, 0, band.start, band.stop, *at, y[:4], bins[0], x[:4], bins[1], *_scratch(job, lines.lines, lines.channels, x, 3), grads)
+    In place boxes are shared out among threads or, with `bands`, rows of the image. Where lines are brought over, it is
+    for the boxes of an image either the part that they all lie in, or a window for each: whichever is less to read.
+    `output` gets zeros where there is nothing to work on.
+    """
+    _, channels, height, width = job.shape
+    count, size = some.stop - some.start, job.dtype.itemsize
+    lines, out = _Lines.of(array, job.dtype), None if output is None else _Lines.of(output, job.dtype)
+    matches = output is None or (lines is not None and out is not None and out.planes == lines.planes)
+    if lines and matches and _in_place(job, lines, terms, alike):
+        everything = slice(0, width), slice(0, channels)
+        cut = threads.parts(height if bands else count, _cost(job, terms))
+        if bands:
+            rows = [range(band.start, band.stop, height) for band in cut]
+            return [_Part(job, lines, some.start, np.arange(count), 0, band, *everything) for band in rows]
+        each = [np.arange(part.start, part.stop) for part in cut]
+        return [_Part(job, lines, some.start, boxes, 0, range(0, height, height), *everything) for boxes in each]
 
-            # A thread owns a band of every image, and adds all boxes to it in their order.
-            threads.run(direct, threads.parts(total.shape[2], _cost(job, terms)), _cost(job, terms))
-            continue
+    first, stop = np.stack([along.extent for along in terms[0]], axis=1)  # (2, K) each
+    images, touching = job.images[some], (stop > first).all(axis=0)
+    if output is not None:
+        output[some][~touching] = 0
+    parts = []
 
-        def brought(windows: list[_Window], some: slice = some, terms: Any = terms) -> None:
-            for window, strip in ((window, strip) for window in windows for strip in window.strips):
-                pixels = window.empty(strip, job.dtype)
-                pixels[...] = 0
-                each = bins[0] * bins[1] * pixels.shape[3] * job.dtype.itemsize
-                for numbers in _cut(window.boxes, CROPS // each):
-                    grads = np.empty((len(numbers), *bins, pixels.shape[3]), job.dtype)
-                    _bring(grad, some.start + numbers, window, None, grads)
-                    for y, x in terms:
-                        spread(
-                            _flat(pixels), 1, pixels.shape[3], strip.start, window.columns.start, strip.start, strip.stop,
-                            numbers, np.zeros(len(numbers), np.int64), y[:4], bins[0], x[:4], bins[1],
-                            *_scratch(job, _flat(pixels), pixels.shape[3], x, 3), _flat(grads),
-                        )  # fmt: skip
-                image = np.array([window.image])
-                _return(pixels, image, window.channels, strip.start, window.columns.start, True, total)
+    def add(image: int, boxes: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+        (y0, x0), (y1, x1) = low.tolist(), high.tolist()
+        block = max(1, min(BLOCK, channels, weights.WORKSPACE // ((y1 - y0) * (x1 - x0) * size)))
+        step = max(1, weights.WORKSPACE // ((x1 - x0) * block * size))
+        for c in range(0, channels, block):
+            where = range(y0, y1, step), slice(x0, x1), slice(c, min(c + block, channels))
+            parts.append(_Part(job, None, some.start, boxes, image, *where))
 
-        windows, _ = _windows(job, some, terms)
-        by_target: dict[tuple[int, int], list[_Window]] = {}
-        for window in windows:
-            by_target.setdefault((window.image, window.channels.start), []).append(window)
-        threads.run(brought, by_target.values(), _cost(job, terms))
-
-
-def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray) -> None:
-    """Adds to `sums`, (K, 4), the gradients with respect to y's start and step, and x's."""
-    slopes, bins = _loop("slopes", job.dtype.char), job.rule.bins
-    lines = _Lines.of(features, job.dtype)
-    for some, terms in job.weights(rows, slopes=True):
-        cost = 4 * _cost(job, terms)
-        for (y, x), axes in zip(terms, job.free_axes(), strict=True):
-            found: list[tuple[np.ndarray, np.ndarray]] = []
-            weights = (tuple(y), bins[0], tuple(x), bins[1])
-            if lines is not None and _in_place(job, lines, terms, alike=True):
-                grads = _as_lines(grad, some, lines.planes, job.dtype)
-                found.append((np.arange(some.stop - some.start), np.zeros((some.stop - some.start, 4))))
-
-                def direct(
-                    part: slice, lines: _Lines = lines, some: slice = some, grads: Any = grads, w: Any = weights, to: Any = found[0][1]
-                ) -> None:
-                    numbers, images = _numbers(job, some, part)
-                    levels = np.empty((len(numbers) * lines.planes, lines.channels), job.dtype)
-                    of = grads[part.start * lines.planes : part.stop * lines.planes]
-                    slopes(*lines, 0, 0, numbers, images, *w, *_scratch(job, lines.lines, lines.channels, x, 16), levels, False, of, to[part])
-
-                threads.run(direct, threads.parts(some.stop - some.start, cost), cost)
-            else:
-
-                def brought(item: tuple[_Window, np.ndarray], some: slice = some, w: Any = weights) -> None:
-                    window, to = item
-                    loaded, pixels, channels = None, None, window.channels.stop - window.channels.start
-                    done = 0
-                    for numbers in _cut(window.boxes, CROPS // (bins[0] * bins[1] * channels * job.dtype.itemsize)):
-                        grads = np.empty((len(numbers), *bins, channels), job.dtype)
-                        _bring(grad, some.start + numbers, window, None, grads)
-                        levels = np.empty((len(numbers), channels), job.dtype)
-                        for strip in window.strips:
-                            if strip != loaded:
-                                loaded, pixels = strip, window.empty(strip, job.dtype)
-                                _bring(features, np.array([window.image]), window, strip, pixels)
-                            slopes(
-                                _flat(pixels), 1, channels, strip.start, window.columns.start, numbers,
-                                np.zeros(len(numbers), np.int64), *w, *_scratch(job, _flat(pixels), channels, x, 16),
-                                levels, strip.start > window.rows.start,
-                                _flat(grads), to[done : done + len(numbers)],
-                            )  # fmt: skip
-                        done += len(numbers)
-
-                windows, _ = _windows(job, some, [(y, x)])
-                found = [(window.boxes, np.zeros((len(window.boxes), 4))) for window in windows]
-                threads.run(brought, zip(windows, (to for _, to in found), strict=True), cost)
-            columns = [column for axis in axes for column in (2 * axis, 2 * axis + 1)]
-            for numbers, each in found:
-                sums[np.ix_(some.start + numbers, columns)] += each[:, columns]
+    for image in np.unique(images[touching]).tolist():
+        boxes = np.flatnonzero((images == image) & touching)
+        low, high = first[:, boxes].min(axis=1), stop[:, boxes].max(axis=1)
+        # Each row costs about one cache line more than it has pixels.
+        each_read = ((stop - first)[:, boxes] + np.array([[0], [BLOCK]])).prod(axis=0).sum()
+        pixels = int((high - low).prod())
+        if pixels <= each_read and pixels * min(BLOCK, channels) * size <= weights.WORKSPACE:
+            add(image, boxes, low, high)
+        else:
+            for box in boxes:
+                add(image, box[None], first[:, box], stop[:, box])
+    return parts
 
 
-# ---- what they are given ----
-
-
-def _numbers(job: Job, some: slice, part: slice) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of boxes within their group, and their images."""
-    return np.arange(part.start, part.stop), job.images[some][part]
-
-
-def _scratch(job: Job, lines: np.ndarray, channels: int, x: Rows, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a loop needs to work: places of the entries of a box, and so many lines."""
-    most = int(np.diff(x.begin[:: job.rule.bins[1]]).max()) + job.rule.bins[1]
-    length = max(lines.shape[2], most * channels) + 1
-    return np.empty((4, most * min(channels, loops.LANES)), np.uint32), np.empty((count, length), job.dtype)
-
-
-def _flat(pixels: np.ndarray) -> np.ndarray:
-    """(n, h, w, B) pixels as lines."""
-    return pixels.reshape(*pixels.shape[:2], -1)
-
-
-def _cut(numbers: np.ndarray, length: int) -> list[np.ndarray]:
-    length = max(1, length)
-    return [numbers[i : i + length] for i in range(0, len(numbers), length)]
-
-
-def _cost(job: Job, terms: list[tuple[Rows, Rows]]) -> int:
-    """About how many multiplications a group takes."""
-    y, x = terms[0]
-    boxes = max(1, (len(y.begin) - 1) // job.rule.bins[0])
-    return len(terms) * int(y.begin[-1]) * int(x.begin[-1]) // boxes * job.shape[1]
-
-
-def _in_place(job: Job, lines: _Lines, terms: list[tuple[Rows, Rows]], alike: bool = False) -> bool:
+def _in_place(job: Job, lines: _Lines, terms: list[tuple[Rows, Rows]], alike: bool) -> bool:
     """Whether lines are worked on as they are.
 
-    Of planes each entry along x of each row of bins is a single number: these are compared with the pixels to bring over,
-    in accesses to memory. Few channels would leave a processor's lanes empty either way.
+    Of planes each entry along x of each row of bins is a single number: these are compared with the pixels to bring
+    over, in accesses to memory. Few channels would leave a processor's lanes empty either way.
 
     Sums over channels come out alike either way only where BLOCK of them can be brought over: `alike` asks for that.
     """
     plane = job.shape[2] * job.shape[3] * job.dtype.itemsize
     if lines.channels > 1 or lines.planes < loops.LANES or plane * (BLOCK if alike else 1) > weights.WORKSPACE:
         return True
-    y, x = (int(of.begin[-1]) for of in terms[0])
-    boxes = max(1, (len(terms[0][0].begin) - 1) // job.rule.bins[0])
-    touched = min(y * x // boxes, job.shape[0] * job.shape[2] * job.shape[3])
-    return 2 * x * job.rule.bins[0] <= touched
+    (y, x), bins = terms[0], job.rule.bins
+    touched = min(len(y.pixel) * len(x.pixel) * bins[0] // len(y.begin), job.shape[0] * job.shape[2] * job.shape[3])
+    return 2 * len(x.pixel) * bins[0] <= touched
 
 
-def _windows(job: Job, some: slice, terms: list[tuple[Rows, Rows]]) -> tuple[list[_Window], np.ndarray]:
-    """What to bring over for the boxes of a group, and the boxes that touch no pixel.
-
-    For the boxes of an image either the part that they all lie in, or a window for each: whichever is less to read.
-    """
-    first, stop = np.stack([along.extent for along in terms[0]], axis=1)
-    images, empty = job.images[some], ~(stop > first).all(axis=0)
-    windows: list[_Window] = []
-
-    def add(image: int, boxes: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-        (y0, x0), (y1, x1) = low.tolist(), high.tolist()
-        size = (y1 - y0) * (x1 - x0) * job.dtype.itemsize
-        channels = max(1, min(BLOCK, job.shape[1], weights.WORKSPACE // size))
-        step = max(1, weights.WORKSPACE // ((x1 - x0) * channels * job.dtype.itemsize))
-        for c in range(0, job.shape[1], channels):
-            block = slice(c, min(c + channels, job.shape[1]))
-            windows.append(_Window(image, boxes, range(y0, y1, step), slice(x0, x1), block))
-
-    for image in np.unique(images[~empty]).tolist():
-        boxes = np.flatnonzero((images == image) & ~empty)
-        low, high = first[:, boxes].min(axis=1), stop[:, boxes].max(axis=1)
-        # Each row costs about one cache line more than it has pixels.
-        extents = np.array([[0], [loops.PIECE]]) + (stop - first)[:, boxes]
-        each = extents.prod(axis=0).sum()
-        whole = (high - low).prod()
-        if whole <= each and whole * min(BLOCK, job.shape[1]) * job.dtype.itemsize <= weights.WORKSPACE:
-            add(image, boxes, low, high)
-        else:
-            for box in boxes.tolist():
-                add(image, np.array([box]), first[:, box], stop[:, box])
-    return windows, np.flatnonzero(empty)
-
-
-def _as_lines(array: np.ndarray, some: slice, planes: int, dtype: np.dtype) -> np.ndarray:
-    """Gradients of some boxes as lines of so many planes."""
-    lines = _Lines.of(array, dtype)
-    if lines is not None and lines.planes == planes:
-        return lines.some(some)
-    part = array[some]
-    if planes > 1:
-        return np.ascontiguousarray(part, dtype).reshape(-1, *part.shape[2:])
-    pixels = np.empty((len(part), *part.shape[2:], part.shape[1]), dtype)
-    _copy(array, np.arange(some.start, some.stop), 0, 0, 0, pixels)
-    return _flat(pixels)
-
-
-def _bring(array: np.ndarray, numbers: np.ndarray, window: _Window, strip: slice | None, pixels: np.ndarray) -> None:
-    """Features of a strip of a window, or gradients (no strip), as pixels."""
-    y, x = (0, 0) if strip is None else (strip.start, window.columns.start)
-    _copy(array, numbers, window.channels.start, y, x, pixels)
-
-
-def _copy(planes: np.ndarray, numbers: np.ndarray, c: int, y: int, x: int, pixels: np.ndarray) -> None:
-    """Parts of planes of any dtype and order, from channel `c`, row `y` and column `x` on."""
-    if planes.dtype == pixels.dtype and planes.flags.c_contiguous and planes.flags.aligned:
-        _loop("gather", pixels.dtype.char)(planes, numbers, c, y, x, pixels)
-        return
-    _, height, width, channels = pixels.shape
-    for number, part in zip(numbers.tolist(), pixels, strict=True):
-        source = planes[number, c : c + channels, y : y + height, x : x + width]
-        np.copyto(part.transpose(2, 0, 1), source, casting="unsafe")
-
-
-def _return(
-    pixels: np.ndarray, numbers: np.ndarray, block: slice, y: int, x: int, again: bool, planes: np.ndarray
-) -> None:
-    """The reverse; `again`: added."""
-    if planes.dtype == pixels.dtype and planes.flags.c_contiguous:
-        _loop("scatter", pixels.dtype.char)(pixels, numbers, block.start, y, x, again, planes)
-        return
-    _, height, width, _ = pixels.shape
-    for number, part in zip(numbers.tolist(), pixels, strict=True):
-        target = planes[number, block, y : y + height, x : x + width]
-        if again:
-            target += part.transpose(2, 0, 1)
-        else:
-            target[...] = part.transpose(2, 0, 1)
+def _cost(job: Job, terms: list[tuple[Rows, Rows]]) -> int:
+    """About how many multiplications a group takes."""
+    y, x = terms[0]
+    return len(terms) * len(y.pixel) * len(x.pixel) * job.rule.bins[0] // len(y.begin) * job.shape[1]

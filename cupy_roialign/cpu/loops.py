@@ -1,15 +1,15 @@
 """The loops of the compiled way. compiled.py says which arrays they get.
 
-Features, crops and their gradients come as lines, (M, H, W*channels): M counts images, or planes of single channels, and
-the channels of a pixel lie side by side. `y0` and `x0` are the image's pixel at which they begin. The loops go by rows:
-the lines that a row of bins touches are summed first, from the first pixel to the last at once, and the bins along x are
-taken out of the sum. So it is whole lines that are read and added, whatever the number of channels.
+Features, crops and their gradients come as lines, (M, H, W*channels): M counts images, or planes of single channels,
+and the channels of a pixel lie side by side. `y0` and `x0` are the image's pixel at which they begin. The loops go by
+rows: the lines that a row of bins touches are summed first, from the first pixel to the last at once, and the bins
+along x are taken out of the sum. So it is whole lines that are read and added, whatever the number of channels.
 
 Offsets within a line are unsigned: Numba asks of each signed one whether it counts from the end.
 """
 
-# ruff: noqa: ANN001, ANN201
 # mypy: ignore-errors
+# ruff: noqa: E501
 
 from __future__ import annotations
 
@@ -303,17 +303,18 @@ def give_bins(crop, begin, value, row, bins, channels, slots, pairs, weights, co
 
 @loop
 def crops(
-    lines, planes, channels, y0, x0, numbers, images, of_y, bins_y, of_x, bins_x, places, scratch, leveled, levels, again, out,
+    lines, planes, channels, y0, x0, top, bottom, numbers, images, of_y, bins_y, of_x, bins_x, places, scratch,
+    leveled, levels, again, out,
 ):  # fmt: skip
     """Crops of the boxes `numbers`, which lie in `images`, each of so many planes of so many channels.
 
     `again`: they are added to `out`, as those of other terms or other lines. `leveled`: less the level of each box,
     which is left in `levels` the first time.
     """
-    begin_y, extent_y, pixel_y, value_y = of_y
-    begin_x, extent_x, pixel_x, value_x = of_x
+    begin_y, extent_y, pixel_y, value_y, _, _ = of_y
+    begin_x, extent_x, pixel_x, value_x, _, _ = of_x
     slots, pairs = places[0], places[1:]
-    bottom, width, total, level = y0 + lines.shape[1], u64(out.shape[2]), scratch[0], scratch[1]
+    width, total, level = u64(out.shape[2]), scratch[0], scratch[1]
     pair, weights = scratch[2:4], scratch[4:6]
     for i in range(len(level)):
         level[i] = 0
@@ -326,14 +327,16 @@ def crops(
         for plane in range(planes):
             m, v = u64(images[j] * planes + plane), j * planes + plane
             if leveled and length > 0 and extent_y[1, k] > 0:
-                set_level(lines, m, u64(0 if again else extent_y[0, k] - y0), at, length, channels, again, levels[v], level)
+                set_level(
+                    lines, m, u64(0 if again else extent_y[0, k] - y0), at, length, channels, again, levels[v], level
+                )
             for p in range(bins_y):
                 crop = out[v, p]
                 if not again:
                     for i in range(width):
                         crop[i] = 0
                 first, stop = begin_y[k * bins_y + p], begin_y[k * bins_y + p + 1]
-                first, stop = within(pixel_y, first, stop, y0, bottom)
+                first, stop = within(pixel_y, first, stop, top, bottom)
                 if first == stop or length == 0:
                     continue
                 sum_lines(
@@ -348,8 +351,8 @@ def spread(
     lines, planes, channels, y0, x0, top, bottom, numbers, images, of_y, bins_y, of_x, bins_x, places, scratch, grads,
 ):  # fmt: skip
     """Adds the feature gradient of boxes to lines from `top` to `bottom`, box after box."""
-    begin_y, _, pixel_y, value_y = of_y
-    begin_x, extent_x, pixel_x, value_x = of_x
+    begin_y, _, pixel_y, value_y, _, _ = of_y
+    begin_x, extent_x, pixel_x, value_x, _, _ = of_x
     slots, pairs, group, line, weights = places[0], places[1:], u64(channels), scratch[0], scratch[1:3]
     for j in range(len(numbers)):
         k = numbers[j]
@@ -365,7 +368,9 @@ def spread(
                     continue
                 for i in range(length):
                     line[i] = 0
-                give_bins(grads[v, p], begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, weights, count, line)
+                give_bins(
+                    grads[v, p], begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, weights, count, line
+                )
                 for entry in range(first, stop):
                     y, weight = u64(pixel_y[entry] - y0), value_y[entry]
                     if dense:
@@ -380,7 +385,8 @@ def spread(
 
 @loop
 def slopes(
-    lines, planes, channels, y0, x0, numbers, images, of_y, bins_y, of_x, bins_x, places, scratch, levels, again, grads, found,
+    lines, planes, channels, y0, x0, top, bottom, numbers, images, of_y, bins_y, of_x, bins_x, places, scratch,
+    levels, again, grads, found,
 ):  # fmt: skip
     """Adds the gradients with respect to start and step along y, then x, of each box.
 
@@ -390,7 +396,7 @@ def slopes(
     begin_y, extent_y, pixel_y, value_y, start_y, step_y = of_y
     begin_x, extent_x, pixel_x, value_x, start_x, step_x = of_x
     slots, pairs = places[0], places[1:]
-    bottom, size, width = y0 + lines.shape[1], u64(channels), u64(bins_x * channels)
+    size, width = u64(channels), u64(bins_x * channels)
     level, value, to_start, to_step = scratch[0], scratch[1], scratch[2], scratch[3]
     pair, changes, total = scratch[4:6], scratch[6:10], np.zeros((4, channels))
     of_value, of_start, of_step = scratch[10:12], scratch[12:14], scratch[14:16]
@@ -411,7 +417,7 @@ def slopes(
             total[:] = 0
             for p in range(bins_y):
                 first, stop = begin_y[k * bins_y + p], begin_y[k * bins_y + p + 1]
-                first, stop = within(pixel_y, first, stop, y0, bottom)
+                first, stop = within(pixel_y, first, stop, top, bottom)
                 if first == stop:
                     continue
                 for of, to in ((value_y, value), (start_y, to_start), (step_y, to_step)):
@@ -420,10 +426,18 @@ def slopes(
                         pixel_y, of, first, stop, pair, to,
                     )  # fmt: skip
                 changes[:, :width] = 0
-                take_bins(to_start, begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, of_value, count, changes[0])
-                take_bins(to_step, begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, of_value, count, changes[1])
-                take_bins(value, begin_x, start_x, k * bins_x, bins_x, channels, slots, pairs, of_start, count, changes[2])
-                take_bins(value, begin_x, step_x, k * bins_x, bins_x, channels, slots, pairs, of_step, count, changes[3])
+                take_bins(
+                    to_start, begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, of_value, count, changes[0]
+                )
+                take_bins(
+                    to_step, begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, of_value, count, changes[1]
+                )
+                take_bins(
+                    value, begin_x, start_x, k * bins_x, bins_x, channels, slots, pairs, of_start, count, changes[2]
+                )
+                take_bins(
+                    value, begin_x, step_x, k * bins_x, bins_x, channels, slots, pairs, of_step, count, changes[3]
+                )
                 grad = grads[v, p]
                 for q in range(bins_x):
                     if begin_x[k * bins_x + q] < begin_x[k * bins_x + q + 1]:
@@ -436,45 +450,3 @@ def slopes(
                     if (plane + c) % GROUP == GROUP - 1 or plane + c == planes * channels - 1:
                         found[j, s] += group[s]
                         group[s] = 0
-
-
-# ---- planes and pixels ----
-
-PIECE = 16
-"""Columns that are brought over at a time: a cache line of each channel."""
-
-
-@loop
-def gather(planes, numbers, channel, y0, x0, pixels):
-    """Parts of (M, C, H, W) planes as (n, h, w, B) pixels, from a channel, a row and a column on."""
-    width, channels = u64(pixels.shape[2]), u64(pixels.shape[3])
-    for j in range(len(numbers)):
-        m = u64(numbers[j])
-        for row in range(pixels.shape[1]):
-            y, to = u64(y0 + row), pixels[j, row]
-            for x in range(u64(0), width, u64(PIECE)):
-                count = min(u64(PIECE), width - x)
-                for c in range(channels):
-                    of, at = u64(channel) + c, u64(x0) + x
-                    for i in range(count):
-                        to[x + i, c] = planes[m, of, y, at + i]
-
-
-@loop
-def scatter(pixels, numbers, channel, y0, x0, again, planes):
-    """The reverse; `again`: added."""
-    width, channels = u64(pixels.shape[2]), u64(pixels.shape[3])
-    for j in range(len(numbers)):
-        m = u64(numbers[j])
-        for row in range(pixels.shape[1]):
-            y, of = u64(y0 + row), pixels[j, row]
-            for x in range(u64(0), width, u64(PIECE)):
-                count = min(u64(PIECE), width - x)
-                for c in range(channels):
-                    to, at = u64(channel) + c, u64(x0) + x
-                    if again:
-                        for i in range(count):
-                            planes[m, to, y, at + i] += of[x + i, c]
-                    else:
-                        for i in range(count):
-                            planes[m, to, y, at + i] = of[x + i, c]

@@ -121,7 +121,7 @@ def _matrices(of: Rows, j: int, bins: int) -> Iterator[_Matrix]:
 
 
 def _between(left: np.ndarray, planes: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """left @ plane @ right.T for each of (c, h, w) planes, in their memory order."""
+    """`left @ plane @ right.T` for each of (c, h, w) planes, in their memory order."""
     c, h, w = planes.shape
     if arrays.is_channels_last((1, *planes.shape), (1, *planes.strides)):
         pixels = (left @ planes.transpose(1, 2, 0).reshape(h, w * c)).reshape(-1, w, c)
@@ -151,7 +151,9 @@ def _level(job: Job, image: np.ndarray, of_y: Rows, of_x: Rows, j: int) -> np.nd
 
     Changes of weights sum to 0: so a level of the features changes nothing but what rounding leaves of a slope.
     """
-    ends = [(of.begin[j * bins], of.begin[(j + 1) * bins]) for of, bins in zip((of_y, of_x), job.rule.bins, strict=True)]
+    ends = [
+        (of.begin[j * bins], of.begin[(j + 1) * bins]) for of, bins in zip((of_y, of_x), job.rule.bins, strict=True)
+    ]
     if any(first == end for first, end in ends):
         return None
     y, x = (of.pixel[first:end].min() for of, (first, end) in zip((of_y, of_x), ends, strict=True))

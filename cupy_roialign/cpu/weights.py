@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_roialign import arrays, geometry, rule as rules
+from cupy_roialign import arrays, geometry
+from cupy_roialign import rule as rules
 from cupy_roialign.rule import Rule
 
 WORKSPACE = 32 * 2**20
@@ -108,13 +109,16 @@ class Job(NamedTuple):
                 for low, high, bins, size in zip(self.low, self.high, self.rule.bins, self.shape[2:], strict=True)
             ]
             changed = [self._along(plain, direction, some) for direction in self.directions]
-            yield some, [
-                (
-                    plain[0] if of_y is None else changed[of_y][0],
-                    plain[1] if of_x is None else changed[of_x][1],
-                )
-                for of_y, of_x in rules.terms(len(self.directions))
-            ]
+            yield (
+                some,
+                [
+                    (
+                        plain[0] if of_y is None else changed[of_y][0],
+                        plain[1] if of_x is None else changed[of_x][1],
+                    )
+                    for of_y, of_x in rules.terms(len(self.directions))
+                ],
+            )
 
     def _along(self, rows: list[Rows], direction: np.ndarray, some: slice) -> list[Rows]:
         edges = _edges(self.rule, direction[some].astype(np.float64))
@@ -157,9 +161,7 @@ def _edges(rule: Rule, boxes: np.ndarray) -> np.ndarray:
     return boxes.T.take(rule.columns, axis=0)
 
 
-def rows(
-    rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int, slopes: bool, dtype: np.dtype
-) -> Rows:
+def rows(rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int, slopes: bool, dtype: np.dtype) -> Rows:
     """`Rows` by NumPy."""
     real = low.dtype.type
     start, step, samples = geometry.affine(rule, low, high, bins, size, real)
