@@ -376,7 +376,8 @@ def test_how_deep_lists_are(backend):
     expected = [backend(cr.roi_crop, features, [a, b], [0, 1], 3), backend(cr.roi_align, features, [[a], [b]], 3)]
     np.testing.assert_array_equal(backend(cr.roi_align, features, [[0, *a], [1, *b]], 3), expected[1])
     if backend.name in ("plain", "compiled"):
-        np.testing.assert_array_equal(cr.roi_align(features, [np.array([a], np.float32), [b]], 3), expected[1])
+        mixed = [np.array([a], np.float32), [b]]
+        np.testing.assert_array_equal(backend(cr.roi_align, features, mixed, 3), expected[1])
     np.testing.assert_array_equal(
         backend(cr.roi_align, features, [[], [a, b]], 3)[0], backend(cr.roi_align, features, [a], 3, batch_indices=1)[0]
     )
