@@ -140,7 +140,7 @@ def box_gradient(
         gradient[:, rule.columns[axis]] = to_start * start_low - to_step * step_high
         gradient[:, rule.columns[axis + 2]] = to_start * start_high + to_step * step_high
     if job.broken is not None:
-        gradient[np.ix_(job.broken, rule.columns)] = np.nan
+        gradient[np.ix_(job.broken, np.array(rule.columns, np.intp))] = np.nan
     return gradient.astype(boxes.dtype.newbyteorder("="), copy=False)
 
 

@@ -190,7 +190,7 @@ def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray)
             threads.run(work, zip(parts, found, strict=True), 4 * _cost(job, [(y, x)]))
             columns = [column for axis in axes for column in (2 * axis, 2 * axis + 1)]
             for part, each in zip(parts, found, strict=True):
-                sums[np.ix_(part.start + part.boxes, columns)] += each[:, columns]
+                sums[np.ix_(part.start + part.boxes, np.array(columns, np.intp))] += each[:, columns]
 
 
 # ---- what they are given ----
@@ -339,8 +339,8 @@ def _parts(
         if pixels <= each_read and pixels * min(BLOCK, channels) * size <= weights.WORKSPACE:
             add(image, boxes, low, high)
         else:
-            for box in boxes:
-                add(image, box[None], first[:, box], stop[:, box])
+            for box in boxes.tolist():
+                add(image, np.array([box]), first[:, box], stop[:, box])
     return parts
 
 

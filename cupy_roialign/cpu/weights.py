@@ -181,7 +181,9 @@ def rows(rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int, sl
         inside = geometry.inside(rule, position, size)
         parts.append(_merged(rule, of[inside], p, samples, number[inside], position[inside], size, slopes, real))
         row = end
-    key, *columns = (np.concatenate(column) for column in zip(*parts, strict=True)) if parts else [np.zeros(0, int)] * 4
+    key, *columns = (
+        (np.concatenate(column) for column in zip(*parts, strict=True)) if parts else [np.zeros(0, np.int64)] * 4
+    )
     begin, pixel = np.searchsorted(key, np.arange(len(p) + 1) * size), key % size
     extent = np.repeat(np.array([[size], [0]]), len(low), axis=1)
     box = np.repeat(np.arange(len(low)), np.diff(begin[::bins]))
@@ -212,5 +214,5 @@ def _merged(
             weights.append(np.stack([-slope, slope], axis=1))
     columns = [np.bincount(place.ravel(), weight.ravel(), len(key)) for weight in weights]
     kept = functools.reduce(np.logical_or, [column != 0 for column in columns])
-    columns += [np.zeros(0)] * (3 - len(columns))
-    return key[kept], *(column[kept] if column.size else column for column in columns)
+    empty: list[np.ndarray] = [np.zeros(0)] * (3 - len(columns))
+    return key[kept], *(column[kept] for column in columns), *empty
