@@ -34,6 +34,9 @@ BATCH = 2**18
 """Bytes of crops that are worked on at a time before they are brought back; they stay in the cache."""
 
 
+_config: Any = numba.config
+
+
 class _Spec(NamedTuple):
     """As much of a rule as geometry.py asks for, of types that Numba knows."""
 
@@ -96,13 +99,13 @@ def _cache_folder() -> Iterator[str | None]:
     digest = hashlib.sha256()
     for module in (geometry, rules, loops):
         digest.update(Path(str(module.__file__)).read_bytes())
-    before = numba.config.CACHE_DIR
+    before = _config.CACHE_DIR
     base = before or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cupy_roialign")
-    numba.config.CACHE_DIR = os.path.join(base, digest.hexdigest()[:16])
+    _config.CACHE_DIR = os.path.join(base, digest.hexdigest()[:16])
     try:
-        yield numba.config.CACHE_DIR
+        yield _config.CACHE_DIR
     finally:
-        numba.config.CACHE_DIR = before
+        _config.CACHE_DIR = before
 
 
 def compile_all() -> None:

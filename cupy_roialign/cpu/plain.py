@@ -46,10 +46,10 @@ def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
             crop[...] = 0
             for of_y, of_x in terms:
                 lines = np.zeros((*crop.shape[:2], image.shape[2]), job.dtype)
-                for p, y, weight in _entries(job, of_y, j, 0):
-                    lines[:, p] += weight * image[:, y].astype(job.dtype, copy=False)
-                for q, x, weight in _entries(job, of_x, j, 1):
-                    crop[:, :, q] += weight * lines[:, :, x]
+                for p, row, weight in _entries(job, of_y, j, 0):
+                    lines[:, p] += weight * image[:, row].astype(job.dtype, copy=False)
+                for q, column, weight in _entries(job, of_x, j, 1):
+                    crop[:, :, q] += weight * lines[:, :, column]
         output[k] = crop
 
 
@@ -64,10 +64,10 @@ def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
                     image[at] += _between(y.weights[0].T, crop[:, y.bins, x.bins], x.weights[0].T)
                 continue
             lines = np.zeros((*crop.shape[:2], image.shape[2]), job.dtype)
-            for q, x, weight in _entries(job, of_x, j, 1):
-                lines[:, :, x] += weight * crop[:, :, q]
-            for p, y, weight in _entries(job, of_y, j, 0):
-                image[:, y] += weight * lines[:, p]
+            for q, column, weight in _entries(job, of_x, j, 1):
+                lines[:, :, column] += weight * crop[:, :, q]
+            for p, row, weight in _entries(job, of_y, j, 0):
+                image[:, row] += weight * lines[:, p]
 
 
 def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray) -> None:
@@ -78,7 +78,7 @@ def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray)
             level = _level(job, image, of_y, of_x, j)
             for y, x, at in _parts(job, of_y, of_x, j):
                 window = image[at].astype(job.dtype, order="K", copy=False) - level
-                touched = y.weights.any(axis=(0, 2))[:, None] & x.weights.any(axis=(0, 2))
+                touched = np.outer(y.weights.any(axis=(0, 2)), x.weights.any(axis=(0, 2)))
                 bins = np.where(touched, crop[:, y.bins, x.bins], 0)
                 for axis, s in itertools.product(axes, (1, 2)):
                     along = (y.weights[s], x.weights[0]) if axis == 0 else (y.weights[0], x.weights[s])
@@ -99,10 +99,8 @@ def _parts(job: Job, of_y: Rows, of_x: Rows, j: int) -> Iterator[tuple[_Matrix, 
     for y, x in itertools.product(_matrices(of_y, j, job.rule.bins[0]), along_x):
         at = (slice(None), y.pixels, x.pixels)
         if not (isinstance(y.pixels, slice) and isinstance(x.pixels, slice)):
-            y_, x_ = (
-                np.arange(a.pixels.start, a.pixels.stop) if isinstance(a.pixels, slice) else a.pixels for a in (y, x)
-            )
-            at = (slice(None), y_[:, None], x_)
+            every = [np.arange(n)[along.pixels] for n, along in zip(job.shape[2:], (y, x), strict=True)]
+            at = (slice(None), every[0][:, None], every[1])
         yield y, x, at
 
 

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupy_roialign import arrays, geometry
-from cupy_roialign import rule as rules
-from cupy_roialign.rule import Rule
+from cupy_roialign.rule import Rule, terms
 
 WORKSPACE = 32 * 2**20
 """Bytes that a copy of a part of the features may take, and about as many the weights of the boxes at work."""
@@ -86,7 +85,7 @@ class Job(NamedTuple):
 
     def free_axes(self) -> list[list[int]]:
         """For each term of `weights` the axes that follow no direction: only these change with the boxes once more."""
-        return [[axis for axis in (0, 1) if term[axis] is None] for term in rules.terms(len(self.directions))]
+        return [[axis for axis in (0, 1) if term[axis] is None] for term in terms(len(self.directions))]
 
     def sampled(self) -> list[np.ndarray]:
         """(K, bins) bool along y and x: whether a bin has a sample inside; of operators with one sample per bin."""
@@ -116,7 +115,7 @@ class Job(NamedTuple):
                         plain[0] if of_y is None else changed[of_y][0],
                         plain[1] if of_x is None else changed[of_x][1],
                     )
-                    for of_y, of_x in rules.terms(len(self.directions))
+                    for of_y, of_x in terms(len(self.directions))
                 ],
             )
 
@@ -171,7 +170,7 @@ def rows(rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int, sl
     first, stop = geometry.candidates(start, step, samples, origin, size, real)
     parts, ends = [], np.cumsum(stop - first)
     row = 0
-    while row < len(p):
+    while row < len(p) or not parts:
         end = max(row + 1, int(np.searchsorted(ends, SAMPLES + (ends[row - 1] if row else 0), "right")))
         some = slice(row, end)
         tried = (stop - first)[some]
@@ -181,9 +180,7 @@ def rows(rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int, sl
         inside = geometry.inside(rule, position, size)
         parts.append(_merged(rule, of[inside], p, samples, number[inside], position[inside], size, slopes, real))
         row = end
-    key, *columns = (
-        (np.concatenate(column) for column in zip(*parts, strict=True)) if parts else [np.zeros(0, np.int64)] * 4
-    )
+    key, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
     begin, pixel = np.searchsorted(key, np.arange(len(p) + 1) * size), key % size
     extent = np.repeat(np.array([[size], [0]]), len(low), axis=1)
     box = np.repeat(np.arange(len(low)), np.diff(begin[::bins]))
