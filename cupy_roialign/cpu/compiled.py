@@ -63,16 +63,17 @@ def _signature(name: str, dtype: str) -> tuple[Any, ...]:
         spec, found = numba.typeof(_Spec(0, 0, 0, 1.0, 1, True)), array(numba.float64, 1, "C")
         return spec, edges, edges, i, i, array(i, 1, "C"), array(i, 2, "C"), array(i, 1, "C"), found, found, found
     read, written = array(f, 3, "C", readonly=True), array(f, 3, "C")
-    along = numba.types.Tuple((indices, array(i, 2, "C", readonly=True), indices, edges, edges, edges))
+    along = numba.types.Tuple((indices, array(i, 2, "C", readonly=True), indices, edges))
     at = (*[i] * 6, indices, indices, along, i, along, i, array(numba.uint32, 2, "C"), array(f, 2, "C"))
     if name == "crops":
-        return read, *at, numba.boolean, array(f, 2, "C"), numba.boolean, written
+        return read, *at, i, array(f, 2, "C"), numba.boolean, written
     if name == "spread":
         return written, *at, read
-    return read, *at, array(f, 2, "C"), numba.boolean, read, array(numba.float64, 2, "C")  # slopes
+    sums = array(numba.float64, 1, "C"), i, array(numba.float64, 2, "C")
+    return read, read, i, i, indices, indices, i, indices, i, *sums  # products
 
 
-NAMES = ("rows", "crops", "spread", "slopes")
+NAMES = ("rows", "crops", "spread", "products")
 
 _lock = threading.Lock()
 
@@ -138,7 +139,6 @@ def _spec(rule: Rule) -> _Spec:
 
 def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
     """Writes the crops; 0 in bins without a sample."""
-    leveled = bool(job.directions)
     for some, terms in job.weights(rows):
         parts = _parts(job, some, terms, features, output)
 
@@ -146,10 +146,10 @@ def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
             for strip, boxes in part.strips(features):
                 if strip.top == part.rows.start:
                     made = part.lines_of(output, boxes, write=True)
-                    levels = np.zeros((len(made) * leveled, strip.channels), job.dtype)
+                    levels = np.zeros((len(made), strip.channels), job.dtype)
                 for i, (y, x) in enumerate(terms):
                     again = i > 0 or strip.top > part.rows.start
-                    part.call("crops", strip, boxes, y, x, 6, leveled, levels, again, made)
+                    part.crop(strip, boxes, y, x, (2 if again else 1) if job.directions else 0, levels, again, made)
                 if not part.in_place and strip.bottom == part.rows.stop:
                     pixels = made.reshape(len(made), *job.rule.bins, strip.channels)
                     output[part.start + boxes, part.channels] = pixels.transpose(0, 3, 1, 2)
@@ -169,31 +169,41 @@ def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
                 for strip, boxes in part.strips(total, add=True):
                     grads = part.lines_of(grad, boxes)
                     for y, x in terms:
-                        part.call("spread", strip, boxes, y, x, 3, grads)
+                        _loop("spread", job.dtype.char)(*part.arguments(strip, boxes, y, x, 3), grads)
 
         threads.run(work, owned.values(), _cost(job, terms))
 
 
 def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray) -> None:
-    """Adds to `sums`, (K, 4), the gradients with respect to y's start and step, and x's."""
+    """Adds to `sums`, (K, 4), the gradients with respect to y's start and step, and x's.
+
+    Each is the sum over crops by weights that change so, times the gradient of each crop.
+    """
     for some, terms in job.weights(rows, slopes=True):
         for (y, x), axes in zip(terms, job.free_axes(), strict=True):
+            changes = {2 * axis + s: job.changed((y, x), axis, s) for axis in axes for s in (0, 1)}
             parts = _parts(job, some, [(y, x)], features, alike=True)
             found = [np.zeros((len(part.boxes), 4)) for part in parts]
 
-            def work(item: tuple[_Part, np.ndarray], y: Rows = y, x: Rows = x) -> None:
+            def work(item: tuple[_Part, np.ndarray], y: Rows = y, x: Rows = x, changes: Any = changes) -> None:
                 part, each = item
-                for strip, boxes in part.strips(features):
-                    grads, again = part.lines_of(grad, boxes), strip.top > part.rows.start
-                    if not again:
-                        levels = np.empty((len(grads), strip.channels), job.dtype)
-                    to = each[np.searchsorted(part.boxes, boxes[0]) :][: len(boxes)]
-                    part.call("slopes", strip, boxes, y, x, 16, levels, again, grads, to)
+                for strip, boxes in part.strips(features, cut=True):
+                    first = strip.top == part.rows.start
+                    grads = part.lines_of(grad, boxes)
+                    if first:
+                        levels = np.zeros((len(grads), strip.channels), job.dtype)
+                    crop, total = np.empty_like(grads), np.empty(strip.channels)
+                    to = each[boxes[0] - part.boxes[0] :] if part.in_place else each[np.isin(part.boxes, boxes)]
+                    for column, (of_y, of_x) in changes.items():
+                        part.crop(strip, boxes, of_y, of_x, 1 if first else 2, levels, False, crop)
+                        at = (strip.planes, strip.channels, boxes, y.begin, job.rule.bins[0], x.begin, job.rule.bins[1])
+                        _loop("products", job.dtype.char)(crop, grads, *at, total, column, to)
+                    if not part.in_place:
+                        each[np.isin(part.boxes, boxes)] = to
 
             threads.run(work, zip(parts, found, strict=True), 4 * _cost(job, [(y, x)]))
-            columns = [column for axis in axes for column in (2 * axis, 2 * axis + 1)]
             for part, each in zip(parts, found, strict=True):
-                sums[np.ix_(part.start + part.boxes, np.array(columns, np.intp))] += each[:, columns]
+                sums[part.start + part.boxes] += each
 
 
 # ---- what they are given ----
@@ -243,27 +253,28 @@ class _Part(NamedTuple):
     columns: slice
     channels: slice
 
-    def strips(self, array: np.ndarray, add: bool = False) -> Iterator[tuple[_Strip, np.ndarray]]:
+    def strips(self, array: np.ndarray, add: bool = False, cut: bool = False) -> Iterator[tuple[_Strip, np.ndarray]]:
         """Lines, and boxes to work on with them: some boxes after others, or a single one several times.
 
-        `add`: lines that are brought over begin with 0, and are added to the array in the end.
+        `add`: lines that are brought over begin with 0, and are added to the array in the end. `cut`: only some boxes at
+        a time in place, too.
         """
-        if self.in_place:
-            yield _Strip(*self.in_place, 0, 0, self.rows.start, self.rows.stop), self.boxes
-            return
-        width, count = self.columns.stop - self.columns.start, self.channels.stop - self.channels.start
+        count = self.channels.stop - self.channels.start
         each = max(1, BATCH // (math.prod(self.job.rule.bins) * count * self.job.dtype.itemsize))
+        if self.in_place:
+            strip = _Strip(*self.in_place, 0, 0, self.rows.start, self.rows.stop)
+            yield from ((strip, boxes) for boxes in _cut(self.boxes, each if cut else len(self.boxes)))
+            return
         for top in self.rows:
             bottom = min(top + self.rows.step, self.rows.stop)
             window = array[self.image, self.channels, top:bottom, self.columns]
-            pixels = (np.zeros if add else np.empty)((1, bottom - top, width, count), self.job.dtype)
+            pixels = np.zeros((*window.shape[1:], count), self.job.dtype)
             if not add:
-                np.copyto(pixels[0].transpose(2, 0, 1), window, casting="unsafe")
+                np.copyto(pixels.transpose(2, 0, 1), window, casting="unsafe")
             strip = _Strip(pixels.reshape(1, bottom - top, -1), 1, count, top, self.columns.start, top, bottom)
-            for first in range(0, len(self.boxes), each):
-                yield strip, self.boxes[first : first + each]
+            yield from ((strip, boxes) for boxes in _cut(self.boxes, each))
             if add:
-                window += pixels[0].transpose(2, 0, 1)
+                window += pixels.transpose(2, 0, 1)
 
     def lines_of(self, array: np.ndarray, boxes: np.ndarray, write: bool = False) -> np.ndarray:
         """Crops of some of the boxes, or gradients of them, as lines; `write`: to be written, and brought back."""
@@ -280,15 +291,21 @@ class _Part(NamedTuple):
             np.copyto(pixels.transpose(0, 3, 1, 2), array[taken, self.channels], casting="unsafe")
         return pixels.reshape(*pixels.shape[:2], -1)
 
-    def call(self, name: str, strip: _Strip, boxes: np.ndarray, y: Rows, x: Rows, lines: int, *rest: Any) -> None:
-        """Calls a loop, with memory for so many lines."""
+    def arguments(self, strip: _Strip, boxes: np.ndarray, y: Rows, x: Rows, lines: int) -> tuple[Any, ...]:
+        """What a loop begins with; memory for so many lines is the last of it."""
         bins, channels = self.job.rule.bins, strip.channels
         most = int((x.begin[bins[1] :: bins[1]] - x.begin[: -bins[1] : bins[1]]).max()) + bins[1]
         places = np.empty((4, most * min(channels, loops.LANES)), np.uint32)
         scratch = np.empty((lines, max(strip.lines.shape[2], most * channels) + 1), self.job.dtype)
         images = self.job.images[self.start + boxes] if self.in_place else np.zeros(len(boxes), np.int64)
-        loop = _loop(name, self.job.dtype.char)
-        loop(*strip, boxes, images, tuple(y), bins[0], tuple(x), bins[1], places, scratch, *rest)
+        return *strip, boxes, images, y[:4], bins[0], x[:4], bins[1], places, scratch
+
+    def crop(self, strip: _Strip, boxes: np.ndarray, y: Rows, x: Rows, *rest: Any) -> None:
+        _loop("crops", self.job.dtype.char)(*self.arguments(strip, boxes, y, x, 6), *rest)
+
+
+def _cut(boxes: np.ndarray, length: int) -> list[np.ndarray]:
+    return [boxes[first : first + length] for first in range(0, len(boxes), length)]
 
 
 def _parts(

@@ -151,13 +151,13 @@ def within(pixel, first, stop, top, bottom):
 
 
 @part
-def set_level(lines, m, y, at, length, channels, again, stored, level):
-    """Fills a line with the pixel there, where that is finite; `again`: with the one that was stored before.
+def set_level(lines, m, y, at, length, channels, known, stored, level):
+    """Fills a line with the pixel there, where that is finite, or with the one that was stored before.
 
     Changes of weights sum to 0: so a level of the features changes nothing but what rounding leaves of a slope.
     """
     for c in range(u64(channels)):
-        if not again:
+        if not known:
             number = lines[m, y, at + c]
             stored[c] = number if number - number == 0 else 0
     for i in range(length):
@@ -179,33 +179,10 @@ def load_line(lines, m, y, at, length, dense, channels, x0, pixel, row, level, l
 
 
 @part
-def sum_dense(lines, m, y0, at, length, pixel, value, first, stop, total):
-    entry = first
-    if (stop - first) % 2:
-        y, a = u64(pixel[entry] - y0), value[entry]
-        for i in range(length):
-            total[i] = a * lines[m, y, at + i]
-        entry += 1
-    else:
-        y, z, a, b = u64(pixel[entry] - y0), u64(pixel[entry + 1] - y0), value[entry], value[entry + 1]
-        for i in range(length):
-            total[i] = a * lines[m, y, at + i] + b * lines[m, z, at + i]
-        entry += 2
-    while entry < stop:
-        y, z, a, b = u64(pixel[entry] - y0), u64(pixel[entry + 1] - y0), value[entry], value[entry + 1]
-        for i in range(length):
-            total[i] += a * lines[m, y, at + i] + b * lines[m, z, at + i]
-        entry += 2
-
-
-@loop
 def sum_lines(
     lines, m, y0, at, length, dense, channels, x0, pixel_x, row, leveled, level, pixel, value, first, stop, pair, total
 ):  # fmt: skip
     """The weighted sum of the lines that a bin touches, by twos."""
-    if dense and not leveled:
-        sum_dense(lines, m, y0, at, length, pixel, value, first, stop, total)
-        return
     entry = first + (stop - first) % 2
     for i in range(length):
         total[i] = 0
@@ -216,23 +193,25 @@ def sum_lines(
             total[i] = a * pair[0, i]
     while entry < stop:
         y, z, a, b = u64(pixel[entry] - y0), u64(pixel[entry + 1] - y0), value[entry], value[entry + 1]
-        load_line(lines, m, y, at, length, dense, channels, x0, pixel_x, row, level, pair[0])
-        load_line(lines, m, z, at, length, dense, channels, x0, pixel_x, row, level, pair[1])
-        for i in range(length):
-            total[i] += a * pair[0, i] + b * pair[1, i]
+        if dense and not leveled:  # without bringing the two over
+            for i in range(length):
+                total[i] += a * lines[m, y, at + i] + b * lines[m, z, at + i]
+        else:
+            load_line(lines, m, y, at, length, dense, channels, x0, pixel_x, row, level, pair[0])
+            load_line(lines, m, z, at, length, dense, channels, x0, pixel_x, row, level, pair[1])
+            for i in range(length):
+                total[i] += a * pair[0, i] + b * pair[1, i]
         entry += 2
 
 
-@loop
+@part
 def pair_up(begin, value, row, bins, channels, slots, length, pairs, weights):
     """The entries of a box along x, of few channels, by twos: number in the crop, and two numbers in the line.
 
     Where there is none, it is the number behind the line, which is 0. First come the first two of all bins, in the order
     of the crop; then what further ones there are. Returns how many.
     """
-    if channels >= LANES:
-        return u64(0)
-    base, count, first, more = begin[row], 0, 0, True
+    base, count, first, more = begin[row], 0, 0, channels < LANES
     while more:
         more = False
         for q in range(bins):
@@ -252,7 +231,7 @@ def pair_up(begin, value, row, bins, channels, slots, length, pairs, weights):
     return u64(count)
 
 
-@loop
+@part
 def take_bins(total, begin, value, row, bins, channels, slots, pairs, weights, count, crop):
     """Adds bins of a line to a row of them, in the same order for few and for many channels.
 
@@ -265,8 +244,7 @@ def take_bins(total, begin, value, row, bins, channels, slots, pairs, weights, c
             crop[i] += weights[0, i] * total[pairs[1, i]] + weights[1, i] * total[pairs[2, i]]
         for i in range(every, count):
             crop[pairs[0, i]] += weights[0, i] * total[pairs[1, i]] + weights[1, i] * total[pairs[2, i]]
-        return
-    for q in range(bins):
+    for q in range(bins if channels >= LANES else 0):
         out, entry, end = u64(q) * size, begin[row + q], begin[row + q + 1]
         while entry + 1 < end:
             a, b = u64(slots[entry - base]) * size, u64(slots[entry + 1 - base]) * size
@@ -289,8 +267,7 @@ def give_bins(crop, begin, value, row, bins, channels, slots, pairs, weights, co
             grad = crop[pairs[0, i]]
             line[pairs[1, i]] += weights[0, i] * grad
             line[pairs[2, i]] += weights[1, i] * grad
-        return
-    for q in range(bins):
+    for q in range(bins if channels >= LANES else 0):
         out = u64(q) * size
         for entry in range(begin[row + q], begin[row + q + 1]):
             to, u = u64(slots[entry - base]) * size, value[entry]
@@ -308,11 +285,11 @@ def crops(
 ):  # fmt: skip
     """Crops of the boxes `numbers`, which lie in `images`, each of so many planes of so many channels.
 
-    `again`: they are added to `out`, as those of other terms or other lines. `leveled`: less the level of each box,
-    which is left in `levels` the first time.
+    `again`: they are added to `out`, as those of other terms or other lines. `leveled`: 1, of features less the level
+    of each box, which is left in `levels`; 2, less the one that is there.
     """
-    begin_y, extent_y, pixel_y, value_y, _, _ = of_y
-    begin_x, extent_x, pixel_x, value_x, _, _ = of_x
+    begin_y, extent_y, pixel_y, value_y = of_y
+    begin_x, extent_x, pixel_x, value_x = of_x
     slots, pairs = places[0], places[1:]
     width, total, level = u64(out.shape[2]), scratch[0], scratch[1]
     pair, weights = scratch[2:4], scratch[4:6]
@@ -326,10 +303,9 @@ def crops(
         total[length] = 0
         for plane in range(planes):
             m, v = u64(images[j] * planes + plane), j * planes + plane
-            if leveled and length > 0 and extent_y[1, k] > 0:
-                set_level(
-                    lines, m, u64(0 if again else extent_y[0, k] - y0), at, length, channels, again, levels[v], level
-                )
+            if leveled > 0 and length > 0 and extent_y[1, k] > 0:
+                y = u64(0 if leveled == 2 else extent_y[0, k] - y0)
+                set_level(lines, m, y, at, length, channels, leveled == 2, levels[v], level)
             for p in range(bins_y):
                 crop = out[v, p]
                 if not again:
@@ -340,7 +316,7 @@ def crops(
                 if first == stop or length == 0:
                     continue
                 sum_lines(
-                    lines, m, y0, at, length, dense, channels, x0, pixel_x, row, leveled, level,
+                    lines, m, y0, at, length, dense, channels, x0, pixel_x, row, leveled > 0, level,
                     pixel_y, value_y, first, stop, pair, total,
                 )  # fmt: skip
                 take_bins(total, begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, weights, count, crop)
@@ -351,8 +327,8 @@ def spread(
     lines, planes, channels, y0, x0, top, bottom, numbers, images, of_y, bins_y, of_x, bins_x, places, scratch, grads,
 ):  # fmt: skip
     """Adds the feature gradient of boxes to lines from `top` to `bottom`, box after box."""
-    begin_y, _, pixel_y, value_y, _, _ = of_y
-    begin_x, extent_x, pixel_x, value_x, _, _ = of_x
+    begin_y, _, pixel_y, value_y = of_y
+    begin_x, extent_x, pixel_x, value_x = of_x
     slots, pairs, group, line, weights = places[0], places[1:], u64(channels), scratch[0], scratch[1:3]
     for j in range(len(numbers)):
         k = numbers[j]
@@ -384,69 +360,27 @@ def spread(
 
 
 @loop
-def slopes(
-    lines, planes, channels, y0, x0, top, bottom, numbers, images, of_y, bins_y, of_x, bins_x, places, scratch,
-    levels, again, grads, found,
-):  # fmt: skip
-    """Adds the gradients with respect to start and step along y, then x, of each box.
+def products(crops, grads, planes, channels, numbers, begin_y, bins_y, begin_x, bins_x, total, column, found):
+    """Adds the products of crops and gradients of each box; what a bin without a sample has does not count.
 
-    Each is the sum over crops that change, times the gradient of each crop; first for each channel, then over channels
-    by groups of GROUP: so it is the same whether these come one by one or together.
+    They are summed for each channel first, then over channels by groups of GROUP: so the sum is the same whether channels
+    come one by one or together.
     """
-    begin_y, extent_y, pixel_y, value_y, start_y, step_y = of_y
-    begin_x, extent_x, pixel_x, value_x, start_x, step_x = of_x
-    slots, pairs = places[0], places[1:]
-    size, width = u64(channels), u64(bins_x * channels)
-    level, value, to_start, to_step = scratch[0], scratch[1], scratch[2], scratch[3]
-    pair, changes, total = scratch[4:6], scratch[6:10], np.zeros((4, channels))
-    of_value, of_start, of_step = scratch[10:12], scratch[12:14], scratch[14:16]
+    size = u64(channels)
     for j in range(len(numbers)):
-        k = numbers[j]
-        row, at = begin_x[k * bins_x], u64((extent_x[0, k] - x0) * channels)
-        length, dense = place(begin_x, extent_x, pixel_x, k, bins_x, channels, slots)
-        if length == 0 or extent_y[1, k] == 0:
-            continue
-        count = pair_up(begin_x, value_x, k * bins_x, bins_x, channels, slots, length, pairs, of_value)
-        pair_up(begin_x, start_x, k * bins_x, bins_x, channels, slots, length, pairs, of_start)
-        pair_up(begin_x, step_x, k * bins_x, bins_x, channels, slots, length, pairs, of_step)
-        value[length] = to_start[length] = to_step[length] = 0
-        group = np.zeros(4)
+        group = 0.0
         for plane in range(planes):
-            m, v = u64(images[j] * planes + plane), j * planes + plane
-            set_level(lines, m, u64(0 if again else extent_y[0, k] - y0), at, length, channels, again, levels[v], level)
-            total[:] = 0
-            for p in range(bins_y):
-                first, stop = begin_y[k * bins_y + p], begin_y[k * bins_y + p + 1]
-                first, stop = within(pixel_y, first, stop, top, bottom)
-                if first == stop:
-                    continue
-                for of, to in ((value_y, value), (start_y, to_start), (step_y, to_step)):
-                    sum_lines(
-                        lines, m, y0, at, length, dense, channels, x0, pixel_x, row, True, level,
-                        pixel_y, of, first, stop, pair, to,
-                    )  # fmt: skip
-                changes[:, :width] = 0
-                take_bins(
-                    to_start, begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, of_value, count, changes[0]
-                )
-                take_bins(
-                    to_step, begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, of_value, count, changes[1]
-                )
-                take_bins(
-                    value, begin_x, start_x, k * bins_x, bins_x, channels, slots, pairs, of_start, count, changes[2]
-                )
-                take_bins(
-                    value, begin_x, step_x, k * bins_x, bins_x, channels, slots, pairs, of_step, count, changes[3]
-                )
-                grad = grads[v, p]
-                for q in range(bins_x):
-                    if begin_x[k * bins_x + q] < begin_x[k * bins_x + q + 1]:
-                        for s in range(4):
-                            for c in range(size):
-                                total[s, c] += grad[u64(q) * size + c] * changes[s, u64(q) * size + c]
+            v = j * planes + plane
+            for c in range(size):
+                total[c] = 0
+            for p in range(numbers[j] * bins_y, (numbers[j] + 1) * bins_y):
+                for q in range(numbers[j] * bins_x, (numbers[j] + 1) * bins_x):
+                    if begin_y[p] < begin_y[p + 1] and begin_x[q] < begin_x[q + 1]:
+                        row, at = p - numbers[j] * bins_y, u64(q - numbers[j] * bins_x) * size
+                        for c in range(size):
+                            total[c] += grads[v, row, at + c] * crops[v, row, at + c]
             for c in range(channels):
-                for s in range(4):
-                    group[s] += total[s, c]
-                    if (plane + c) % GROUP == GROUP - 1 or plane + c == planes * channels - 1:
-                        found[j, s] += group[s]
-                        group[s] = 0
+                group += total[c]
+                if (plane + c) % GROUP == GROUP - 1 or plane + c == planes * channels - 1:
+                    found[j, column] += group
+                    group = 0.0

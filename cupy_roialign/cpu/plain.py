@@ -28,7 +28,7 @@ class _Matrix(NamedTuple):
 
     bins: slice
     pixels: Any  # a slice, or an array of numbers
-    weights: np.ndarray  # (1, or 3 with the derivatives to start and step; bins, pixels)
+    weights: np.ndarray  # (bins, pixels)
 
 
 def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
@@ -37,20 +37,27 @@ def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
         image = features[job.images[k]]
         crop = output[k] if output.dtype == job.dtype else np.empty(output.shape[1:], job.dtype)
         crop[...] = 0
-        for of_y, of_x in terms:
-            level = _level(job, image, of_y, of_x, j) if job.directions else 0
-            for y, x, at in _parts(job, of_y, of_x, j):
-                window = image[at].astype(job.dtype, order="K", copy=False) - level
-                crop[:, y.bins, x.bins] += _between(y.weights[0], window, x.weights[0])
+        for rows_of in terms:
+            _add_crop(job, image, rows_of, j, crop)
         if not np.isfinite(crop).all():  # 0 * NaN is NaN: but such a pixel must reach none but the bins that sample it
             crop[...] = 0
             for of_y, of_x in terms:
                 lines = np.zeros((*crop.shape[:2], image.shape[2]), job.dtype)
-                for p, row, weight in _entries(job, of_y, j, 0):
-                    lines[:, p] += weight * image[:, row].astype(job.dtype, copy=False)
-                for q, column, weight in _entries(job, of_x, j, 1):
-                    crop[:, :, q] += weight * lines[:, :, column]
+                for p, y, weight in _entries(job, of_y, j, 0):
+                    lines[:, p] += weight * image[:, y].astype(job.dtype, copy=False)
+                for q, x, weight in _entries(job, of_x, j, 1):
+                    crop[:, :, q] += weight * lines[:, :, x]
         output[k] = crop
+
+
+def _add_crop(
+    job: Job, image: np.ndarray, of: tuple[Rows, Rows], j: int, crop: np.ndarray, leveled: Any = None
+) -> None:
+    """Of box `j` of a group; less a level where weights are changes of weights."""
+    level = _level(job, image, *of, j) if leveled or job.directions else 0
+    for y, x, at in _parts(job, *of, j):
+        window = image[at].astype(job.dtype, order="K", copy=False) - level
+        crop[:, y.bins, x.bins] += _between(y.weights, window, x.weights)
 
 
 def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
@@ -61,7 +68,7 @@ def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
         for of_y, of_x in terms:
             if sound:
                 for y, x, at in _parts(job, of_y, of_x, j):
-                    image[at] += _between(y.weights[0].T, crop[:, y.bins, x.bins], x.weights[0].T)
+                    image[at] += _between(y.weights.T, crop[:, y.bins, x.bins], x.weights.T)
                 continue
             lines = np.zeros((*crop.shape[:2], image.shape[2]), job.dtype)
             for q, column, weight in _entries(job, of_x, j, 1):
@@ -71,19 +78,19 @@ def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
 
 
 def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray) -> None:
-    """Adds to `sums`, (K, 4), the gradients with respect to y's start and step, and x's."""
+    """Adds to `sums`, (K, 4), the gradients with respect to y's start and step, and x's.
+
+    Each is the sum over crops by weights that change so, times the gradient of each crop.
+    """
     for j, k, terms in _boxes(job, slopes=True):
-        image, crop = features[job.images[k]], grad[k].astype(job.dtype, copy=False)
-        for (of_y, of_x), axes in zip(terms, job.free_axes(), strict=True):
-            level = _level(job, image, of_y, of_x, j)
-            for y, x, at in _parts(job, of_y, of_x, j):
-                window = image[at].astype(job.dtype, order="K", copy=False) - level
-                touched = np.outer(y.weights.any(axis=(0, 2)), x.weights.any(axis=(0, 2)))
-                bins = np.where(touched, crop[:, y.bins, x.bins], 0)
-                for axis, s in itertools.product(axes, (1, 2)):
-                    along = (y.weights[s], x.weights[0]) if axis == 0 else (y.weights[0], x.weights[s])
-                    products = bins * _between(along[0], window, along[1])
-                    sums[k, 2 * axis + s - 1] += products.sum(dtype=np.float64)
+        image, crop = features[job.images[k]], np.empty(grad.shape[1:], job.dtype)
+        for of, axes in zip(terms, job.free_axes(), strict=True):
+            touched = np.outer(*(np.diff(a.begin)[j * n : (j + 1) * n] for a, n in zip(of, job.rule.bins, strict=True)))
+            grads = np.where(touched, grad[k], 0).astype(job.dtype, copy=False)
+            for axis, s in itertools.product(axes, (0, 1)):
+                crop[...] = 0
+                _add_crop(job, image, job.changed(of, axis, s), j, crop, leveled=True)
+                sums[k, 2 * axis + s] += np.sum(grads * crop, dtype=np.float64)
 
 
 def _boxes(job: Job, slopes: bool = False) -> Iterator[tuple[int, int, list[tuple[Rows, Rows]]]]:
@@ -106,20 +113,19 @@ def _parts(job: Job, of_y: Rows, of_x: Rows, j: int) -> Iterator[tuple[_Matrix, 
 
 def _matrices(of: Rows, j: int, bins: int) -> Iterator[_Matrix]:
     """Of box `j` of a group."""
-    columns = [of.value, of.to_start, of.to_step] if of.to_start.size else [of.value]
     for first in range(0, bins, BINS):
         begin = of.begin[j * bins + first : j * bins + min(first + BINS, bins) + 1]
         entries, count = slice(begin[0], begin[-1]), len(begin) - 1
         touched, place = np.unique(of.pixel[entries], return_inverse=True)
-        bin_ = np.repeat(np.arange(count), np.diff(begin))
+        bin_, value = np.repeat(np.arange(count), np.diff(begin)), of.value[entries]
         for start in range(0, len(touched), PIXELS):
-            pixels = touched[start : start + PIXELS]
-            weights = np.zeros((len(columns), count, len(pixels)), of.value.dtype)
-            here = slice(None) if len(touched) <= PIXELS else (place >= start) & (place < start + PIXELS)
-            for column, matrix in zip(columns, weights, strict=True):
-                matrix[bin_[here], place[here] - start] = column[entries][here]
-            dense = pixels[-1] - pixels[0] + 1 == len(pixels)
-            yield _Matrix(slice(first, first + count), slice(pixels[0], pixels[-1] + 1) if dense else pixels, weights)
+            pixels: Any = touched[start : start + PIXELS]
+            weights = np.zeros((count, len(pixels)), value.dtype)
+            here = (place >= start) & (place < start + PIXELS)
+            weights[bin_[here], place[here] - start] = value[here]
+            if pixels[-1] - pixels[0] + 1 == len(pixels):
+                pixels = slice(pixels[0], pixels[-1] + 1)
+            yield _Matrix(slice(first, first + count), pixels, weights)
 
 
 def _between(left: np.ndarray, planes: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -87,6 +87,11 @@ class Job(NamedTuple):
         """For each term of `weights` the axes that follow no direction: only these change with the boxes once more."""
         return [[axis for axis in (0, 1) if term[axis] is None] for term in terms(len(self.directions))]
 
+    def changed(self, of: tuple[Rows, Rows], axis: int, slope: int) -> tuple[Rows, Rows]:
+        """Rows of y and x where those of an axis follow the box's start (0) or step (1)."""
+        rows = of[axis]._replace(value=of[axis][4 + slope])
+        return (rows, of[1]) if axis == 0 else (of[0], rows)
+
     def sampled(self) -> list[np.ndarray]:
         """(K, bins) bool along y and x: whether a bin has a sample inside; of operators with one sample per bin."""
         result = []
@@ -168,7 +173,8 @@ def rows(rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int, sl
     p = np.tile(np.arange(bins), len(low))
     origin = geometry.origin(start, step, p, real)
     first, stop = geometry.candidates(start, step, samples, origin, size, real)
-    parts, ends = [], np.cumsum(stop - first)
+    parts: list[tuple[np.ndarray, ...]] = []
+    ends = np.cumsum(stop - first)
     row = 0
     while row < len(p) or not parts:
         end = max(row + 1, int(np.searchsorted(ends, SAMPLES + (ends[row - 1] if row else 0), "right")))
