@@ -1,12 +1,13 @@
 """NVRTC compiles every kernel that a backend can ask for; no driver is needed.
 
-Every instantiation is compiled for the newest architecture, those with 32-bit offsets for the oldest, and one kernel of
-each file for every architecture. That is much work, which starts with the session and goes on beside all other tests:
-these come last (conftest.py).
+Every instantiation is compiled for the newest architecture, those with float32 boxes and 32-bit offsets for the oldest,
+and the two largest kernels for those between. That is much work, which starts with the session and goes on beside all
+other tests: these come last (conftest.py).
 """
 
 import concurrent.futures
 import io
+import itertools
 import multiprocessing
 import os
 import re
@@ -21,6 +22,9 @@ COMMON = [
     kernels.Types("float32", "float32", "float32", "float32", False, channels_last) for channels_last in (False, True)
 ]
 """The types of most calls, for which the registers and the memory of a thread are checked."""
+
+LARGEST = [(name, COMMON[0]) for name in ("feature_gradient", "box_gradient")]
+"""The kernels that need most registers."""
 
 TOLD = re.compile(r"^ptxas (info| +\.).*$\n?", re.MULTILINE)
 USED = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores")
@@ -39,6 +43,10 @@ def known(architecture):
 
     _, numbers = nvrtc.nvrtcGetSupportedArchs()
     return architecture in [f"sm_{number}" for number in numbers]
+
+
+def is_plain(types):
+    return not types.large and types.boxes == types.positions == "float32"
 
 
 def compile_all(architecture, instantiations, quickly):
@@ -94,14 +102,13 @@ class Compiling:
         ends = self.architectures[0], self.architectures[-1]
         self._running = {}
         for architecture in ends:
-            some = [one for one in kernels.instantiations() if architecture == ends[1] or not one[1].large]
+            some = [one for one in kernels.instantiations() if architecture == ends[1] or is_plain(one[1])]
             shares = [some[i :: 4 * os.cpu_count()] for i in range(4 * os.cpu_count())]
             self._running[architecture, True] = [
                 self._pools[True].submit(compile_all, architecture, share, True) for share in shares
             ]
         for architecture in self.architectures:
-            types = COMMON if architecture in ends else COMMON[:1]
-            optimised = [(name, some) for some in types for name in FILES]
+            optimised = list(itertools.product(FILES, COMMON)) if architecture in ends else LARGEST
             self._running[architecture, False] = [
                 self._pools[False].submit(compile_all, architecture, optimised, False)
             ]

@@ -37,7 +37,7 @@ class _Work(NamedTuple):
 
 
 class GpuBackend(abc.ABC):
-    """The names and signatures of cpu/backend.py."""
+    """The functions of cpu/backend.py, with the same signatures."""
 
     # ---- a library's arrays ----
 

@@ -1,4 +1,4 @@
-"""CuPy arrays on the GPU: the names and signatures of cpu/backend.py."""
+"""CuPy arrays on the GPU: the functions of cpu/backend.py, with the same signatures."""
 
 from __future__ import annotations
 
@@ -31,16 +31,6 @@ class CupyBackend(GpuBackend):
 
     def host(self, array: Any) -> np.ndarray:
         return cupy.asnumpy(array)
-
-
-def join(boxes: list[Any], like: Any) -> tuple[Any, Any]:
-    """Lists of (L_i, 4) boxes, one for each image, as (K, 4) boxes and (K,) batch indices, beside `like`."""
-    with like.device:
-        if not boxes:
-            return cupy.zeros((0, 4), np.float32), cupy.zeros(0, np.int64)
-        # One by one: a copy from the host's memory would synchronize.
-        indices = [cupy.full(len(rows), i, np.int64) for i, rows in enumerate(boxes)]
-        return cupy.concatenate(boxes), cupy.concatenate(indices)
 
 
 _backend = CupyBackend()
