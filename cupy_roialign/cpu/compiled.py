@@ -301,7 +301,7 @@ class _Part(NamedTuple):
         return *strip, boxes, images, y[:4], bins[0], x[:4], bins[1], places, scratch
 
     def crop(self, strip: _Strip, boxes: np.ndarray, y: Rows, x: Rows, *rest: Any) -> None:
-        _loop("crops", self.job.dtype.char)(*self.arguments(strip, boxes, y, x, 6), *rest)
+        _loop("crops", self.job.dtype.char)(*self.arguments(strip, boxes, y, x, 4), *rest)
 
 
 def _cut(boxes: np.ndarray, length: int) -> list[np.ndarray]:

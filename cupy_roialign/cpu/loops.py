@@ -22,6 +22,9 @@ from cupy_roialign import geometry
 LANES = 8
 """Numbers that a processor multiplies at once. Fewer channels are worked on as single numbers."""
 
+FAR = 4
+"""Up to this many pixels for each that is touched a line is read whole: pixels side by side are read together."""
+
 GROUP = 16
 """Channels whose gradients with respect to a box are summed together."""
 
@@ -134,7 +137,7 @@ def place(begin, extent, pixel, k, bins, channels, slots):
     of an entry within the line.
     """
     row, end, first = begin[k * bins], begin[(k + 1) * bins], extent[0, k]
-    dense = (extent[1, k] - first) * min(channels, LANES) <= (end - row) * LANES
+    dense = extent[1, k] - first <= FAR * (end - row)
     for entry in range(row, end):
         slots[entry - row] = pixel[entry] - first if dense else entry - row
     return u64((extent[1, k] - first if dense else end - row) * channels if end > row else 0), dense
@@ -165,43 +168,28 @@ def set_level(lines, m, y, at, length, channels, known, stored, level):
 
 
 @part
-def load_line(lines, m, y, at, length, dense, channels, x0, pixel, row, level, line):
-    """A line less its level. `row`: the box's first entry along x."""
-    if dense:
-        for i in range(length):
-            line[i] = lines[m, y, at + i] - level[i]
-    else:
-        size = u64(channels)
-        for entry in range(length // size):
-            of, to = u64((pixel[u64(row) + entry] - x0) * channels), entry * size
-            for c in range(size):
-                line[to + c] = lines[m, y, of + c] - level[to + c]
-
-
-@part
-def sum_lines(
-    lines, m, y0, at, length, dense, channels, x0, pixel_x, row, leveled, level, pixel, value, first, stop, pair, total
-):  # fmt: skip
-    """The weighted sum of the lines that a bin touches, by twos."""
-    entry = first + (stop - first) % 2
+def sum_lines(lines, m, y0, at, length, dense, channels, x0, pixel_x, row, level, pixel, value, first, stop, total):
+    """The weighted sum of the lines that a bin touches, less their level. `row`: the box's first entry along x."""
+    entry, size = first, u64(channels)
     for i in range(length):
         total[i] = 0
-    if entry > first:
-        y, a = u64(pixel[first] - y0), value[first]
-        load_line(lines, m, y, at, length, dense, channels, x0, pixel_x, row, level, pair[0])
-        for i in range(length):
-            total[i] = a * pair[0, i]
-    while entry < stop:
+    while dense and entry + 1 < stop:  # by twos
         y, z, a, b = u64(pixel[entry] - y0), u64(pixel[entry + 1] - y0), value[entry], value[entry + 1]
-        if dense and not leveled:  # without bringing the two over
-            for i in range(length):
-                total[i] += a * lines[m, y, at + i] + b * lines[m, z, at + i]
-        else:
-            load_line(lines, m, y, at, length, dense, channels, x0, pixel_x, row, level, pair[0])
-            load_line(lines, m, z, at, length, dense, channels, x0, pixel_x, row, level, pair[1])
-            for i in range(length):
-                total[i] += a * pair[0, i] + b * pair[1, i]
+        for i in range(length):
+            total[i] += a * (lines[m, y, at + i] - level[i]) + b * (lines[m, z, at + i] - level[i])
         entry += 2
+    while dense and entry < stop:
+        y, a = u64(pixel[entry] - y0), value[entry]
+        for i in range(length):
+            total[i] += a * (lines[m, y, at + i] - level[i])
+        entry += 1
+    while entry < stop:
+        y, a = u64(pixel[entry] - y0), value[entry]
+        for e in range(length // size):
+            of, to = u64((pixel_x[u64(row) + e] - x0) * channels), e * size
+            for c in range(size):
+                total[to + c] += a * (lines[m, y, of + c] - level[to + c])
+        entry += 1
 
 
 @part
@@ -292,7 +280,7 @@ def crops(
     begin_x, extent_x, pixel_x, value_x = of_x
     slots, pairs = places[0], places[1:]
     width, total, level = u64(out.shape[2]), scratch[0], scratch[1]
-    pair, weights = scratch[2:4], scratch[4:6]
+    weights = scratch[2:4]
     for i in range(len(level)):
         level[i] = 0
     for j in range(len(numbers)):
@@ -316,8 +304,8 @@ def crops(
                 if first == stop or length == 0:
                     continue
                 sum_lines(
-                    lines, m, y0, at, length, dense, channels, x0, pixel_x, row, leveled > 0, level,
-                    pixel_y, value_y, first, stop, pair, total,
+                    lines, m, y0, at, length, dense, channels, x0, pixel_x, row, level,
+                    pixel_y, value_y, first, stop, total,
                 )  # fmt: skip
                 take_bins(total, begin_x, value_x, k * bins_x, bins_x, channels, slots, pairs, weights, count, crop)
 
@@ -374,11 +362,19 @@ def products(crops, grads, planes, channels, numbers, begin_y, bins_y, begin_x, 
             for c in range(size):
                 total[c] = 0
             for p in range(numbers[j] * bins_y, (numbers[j] + 1) * bins_y):
-                for q in range(numbers[j] * bins_x, (numbers[j] + 1) * bins_x):
-                    if begin_y[p] < begin_y[p + 1] and begin_x[q] < begin_x[q + 1]:
-                        row, at = p - numbers[j] * bins_y, u64(q - numbers[j] * bins_x) * size
+                row = p - numbers[j] * bins_y
+                if begin_y[p] == begin_y[p + 1]:
+                    continue
+                for c in range(size if channels < LANES else u64(0)):
+                    number = total[c]
+                    for q in range(bins_x):
+                        if begin_x[numbers[j] * bins_x + q] < begin_x[numbers[j] * bins_x + q + 1]:
+                            number += grads[v, row, u64(q) * size + c] * crops[v, row, u64(q) * size + c]
+                    total[c] = number
+                for q in range(0 if channels < LANES else bins_x):
+                    if begin_x[numbers[j] * bins_x + q] < begin_x[numbers[j] * bins_x + q + 1]:
                         for c in range(size):
-                            total[c] += grads[v, row, at + c] * crops[v, row, at + c]
+                            total[c] += grads[v, row, u64(q) * size + c] * crops[v, row, u64(q) * size + c]
             for c in range(channels):
                 group += total[c]
                 if (plane + c) % GROUP == GROUP - 1 or plane + c == planes * channels - 1:
