@@ -119,19 +119,21 @@ def compile_all() -> None:
 
 def rows(rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int, slopes: bool, dtype: np.dtype) -> Rows:
     """`Rows`, the same as those of weights.py."""
-    capacity = int(weights.entries(rule, low, high, bins, size).sum())
-    begin, extent, pixel = (np.empty(shape, np.int64) for shape in (len(low) * bins + 1, (2, len(low)), capacity))
-    value, to_start, to_step = (np.empty(length) for length in (capacity, *[capacity * slopes] * 2))
-    end = _loop("rows", low.dtype.char)(
-        _spec(rule), low, high, bins, size, begin, extent, pixel, value, to_start, to_step
+    each = weights.entries(rule, low, high, bins, size)
+    capacity = each * len(low) if isinstance(each, int) else int(each.sum())
+    begin, extent, pixel = (
+        np.empty(len(low) * bins + 1, np.int64),
+        np.empty((2, len(low)), np.int64),
+        np.empty(capacity, np.int64),
     )
-    return Rows(begin, extent, pixel[:end], *(column[:end].astype(dtype) for column in (value, to_start, to_step)))
-
-
-@functools.lru_cache(maxsize=256)
-def _spec(rule: Rule) -> _Spec:
+    columns = [np.empty(capacity), *(np.empty((2, capacity)) if slopes else (_NONE, _NONE))]
     frame, taps, border = int(rule.frame), int(rule.taps), int(rule.border)
-    return _Spec(frame, taps, border, rule.spatial_scale, rule.sampling_ratio, rule.aligned)
+    spec = _Spec(frame, taps, border, rule.spatial_scale, rule.sampling_ratio, rule.aligned)
+    end = _loop("rows", low.dtype.char)(spec, low, high, bins, size, begin, extent, pixel, *columns)
+    return Rows(begin, extent, pixel[:end], *(column[:end].astype(dtype) for column in columns))
+
+
+_NONE = np.empty(0)
 
 
 # ---- the three functions ----
@@ -193,13 +195,11 @@ def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray)
                     if first:
                         levels = np.zeros((len(grads), strip.channels), job.dtype)
                     crop, total = np.empty_like(grads), np.empty(strip.channels)
-                    to = each[boxes[0] - part.boxes[0] :] if part.in_place else each[np.isin(part.boxes, boxes)]
+                    to = each[np.searchsorted(part.boxes, boxes[0]) :]
                     for column, (of_y, of_x) in changes.items():
                         part.crop(strip, boxes, of_y, of_x, 1 if first else 2, levels, False, crop)
                         at = (strip.planes, strip.channels, boxes, y.begin, job.rule.bins[0], x.begin, job.rule.bins[1])
                         _loop("products", job.dtype.char)(crop, grads, *at, total, column, to)
-                    if not part.in_place:
-                        each[np.isin(part.boxes, boxes)] = to
 
             threads.run(work, zip(parts, found, strict=True), 4 * _cost(job, [(y, x)]))
             for part, each in zip(parts, found, strict=True):
@@ -256,8 +256,8 @@ class _Part(NamedTuple):
     def strips(self, array: np.ndarray, add: bool = False, cut: bool = False) -> Iterator[tuple[_Strip, np.ndarray]]:
         """Lines, and boxes to work on with them: some boxes after others, or a single one several times.
 
-        `add`: lines that are brought over begin with 0, and are added to the array in the end. `cut`: only some boxes at
-        a time in place, too.
+        `add`: lines that are brought over begin with 0, and are added to the array in the end. `cut`: only some boxes
+        at a time in place, too.
         """
         count = self.channels.stop - self.channels.start
         each = max(1, BATCH // (math.prod(self.job.rule.bins) * count * self.job.dtype.itemsize))

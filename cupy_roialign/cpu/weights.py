@@ -141,10 +141,12 @@ class Job(NamedTuple):
 
     def _groups(self) -> Iterator[slice]:
         """Boxes whose rows fit into the workspace; a single one where they do not."""
-        most = WORKSPACE // _ENTRY
         along = zip(self.low, self.high, self.rule.bins, self.shape[2:], strict=True)
-        each = sum(entries(self.rule, *axis) for axis in along)
-        ends, start = np.cumsum(each), 0
+        each, most, start = sum(entries(self.rule, *axis) for axis in along), WORKSPACE // _ENTRY, 0
+        if self.boxes * np.max(each, initial=0) <= most:
+            yield slice(0, self.boxes)
+            return
+        ends = np.cumsum(np.broadcast_to(each, self.boxes))
         while start < self.boxes:
             limit = most + (ends[start - 1] if start else 0)
             stop = max(start + 1, int(np.searchsorted(ends, limit, "right")))
@@ -152,12 +154,10 @@ class Job(NamedTuple):
             start = stop
 
 
-def entries(rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int) -> np.ndarray:
-    """(K,) at most how many entries boxes have along an axis."""
-    if rule.sampling_ratio:
-        return np.full(low.shape, bins * min(2 * rule.sampling_ratio, size))
-    samples = geometry.affine(rule, low, high, bins, size, low.dtype.type)[2]
-    return bins * np.minimum(2 * samples, size)
+def entries(rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int) -> Any:
+    """At most how many entries boxes have along an axis: (K,), or one number for all."""
+    samples = rule.sampling_ratio or geometry.affine(rule, low, high, bins, size, low.dtype.type)[2]
+    return bins * (min(2 * samples, size) if isinstance(samples, int) else np.minimum(2 * samples, size))
 
 
 def _edges(rule: Rule, boxes: np.ndarray) -> np.ndarray:
