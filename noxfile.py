@@ -27,8 +27,8 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python="3.10")
 def oldest(session: nox.Session) -> None:
-    """What the CPU computes, with the oldest NumPy and SciPy that setup.cfg allows."""
-    session.install("numpy==1.23.0", "scipy==1.8.0", "pytest", "hypothesis", "ml_dtypes", "pillow")
+    """What the CPU computes, with the oldest NumPy that setup.cfg allows, and without Numba."""
+    session.install("numpy==1.23.0", "pytest", "hypothesis", "ml_dtypes", "pillow")
     session.install("--no-deps", "-e", ".")
     names = ("geometry", "golden", "oracle", "gradients", "directions", "ways", "cost", "threads", "errors")
     session.run("python", "-m", "pytest", "-q", *(session.posargs or [f"tests/test_{name}.py" for name in names]))
@@ -38,7 +38,7 @@ def oldest(session: nox.Session) -> None:
 @nox.parametrize("version", ["2.4.1", "2.6.0", "2.8.0", "2.11.0"])
 def torch(session: nox.Session, version: str) -> None:
     """What is called with tensors, with older PyTorch."""
-    session.install(f"torch=={version}", "numpy", "scipy", "pytest", "hypothesis", "ml_dtypes", "pillow")
+    session.install(f"torch=={version}", "numpy", "numba", "pytest", "hypothesis", "ml_dtypes", "pillow")
     session.install("--no-deps", "-e", ".")
     names = ("torch", "autograd", "directions", "onnx", "torchvision", "torch_compile", "torch_programs")
     session.run("python", "-m", "pytest", "-q", *(session.posargs or [f"tests/test_{name}.py" for name in names]))

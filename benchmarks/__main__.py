@@ -1,18 +1,12 @@
-"""Times ours on the CPU, beside every peer that is installed. What that means: benchmarks/README.md."""
+"""Times this package on the CPU, beside every peer that is installed. What that means: benchmarks/README.md."""
 
 import argparse
 import json
-import multiprocessing
-import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from benchmarks import compare, measure, report, workloads
 
-NAMES = ["W1", "W2", "W3", "W4", "W4tf", "W5", "tiny", "large"]
-ONE_BLAS_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 LATEST = Path(__file__).parent / "results" / "latest"
 
 
@@ -36,12 +30,11 @@ def numbers(count, kind=int):
 
 def arguments(given=None):
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="workload", help=f"of {' '.join(workloads.SPECS)} (default: all)")
     parser.add_argument(
-        "names", nargs="*", metavar="workload", help=f"of {' '.join(workloads.SPECS)}; without any, all but W1tf"
+        "--threads", type=numbers(1), default=1, metavar="N", help="of each side (default: %(default)s)"
     )
-    parser.add_argument(
-        "--threads", type=numbers(1), nargs="+", default=[1, 2], metavar="N", help="a run with each (default: 1 2)"
-    )
+    parser.add_argument("--idle", action="store_true", help="without another process that is busy beside this one")
     parser.add_argument(
         "--runs", type=numbers(1), default=9, metavar="N", help="runs of each side (default: %(default)s)"
     )
@@ -113,7 +106,7 @@ def arguments(given=None):
 
 def specs(chosen):
     if chosen.features is None:
-        return {name: workloads.SPECS[name] for name in chosen.names or NAMES}
+        return {name: workloads.SPECS[name] for name in chosen.names or workloads.SPECS}
     own = {
         "title": f"{chosen.boxes} boxes, {'x'.join(map(str, chosen.features))}",
         "operator": chosen.operator,
@@ -141,26 +134,14 @@ def stored(parser, path):
 
 
 def run(chosen):
-    """The report: a process for each number of threads."""
-    done = {"runs": chosen.runs, "workloads": specs(chosen)}
-    times, differences = {}, {}
-    os.environ.update(ONE_BLAS_THREAD)  # which the processes below read when they import NumPy
-    for threads in chosen.threads:
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            part = pool.submit(measure.run, done["workloads"], threads, chosen.runs).result()
-        times[threads], differences[threads] = part.pop("ms"), part.pop("differences")
-        done |= part
-    done |= {report.DIFFERENCES: differences, report.TIMES: times}
-    return json.loads(json.dumps(done))  # as it is when it is read again
+    """The report, as it is when it is read again."""
+    return json.loads(json.dumps(measure.run(specs(chosen), chosen.threads, chosen.runs, chosen.idle)))
 
 
 def main(given=None):
     parser, chosen = arguments(given)
     then = stored(parser, chosen.compare) if chosen.compare else None
-    try:
-        now = run(chosen)
-    except BrokenProcessPool:
-        return "the process that measured was ended from outside, as happens where there is not enough memory"
+    now = run(chosen)
     if chosen.save:
         from benchmarks import picture
 
@@ -172,8 +153,8 @@ def main(given=None):
         return 0
     found = compare.changes(then, now)
     if not found:
-        return f"nothing that was measured is in {chosen.compare} too: no workload, number of threads or way of ours"
-    print(f"then: {report.machine(then)}")
+        return f"nothing that was measured is in {chosen.compare} too: no workload, number of threads or way"
+    print(f"then: {report.conditions(then)}")
     print(compare.lines(found, chosen.tolerance))
     return int(any(change.slower > chosen.tolerance for change in found))
 

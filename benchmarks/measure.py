@@ -1,10 +1,16 @@
-"""Times the sides of a workload, which take turns in one process: a machine that slows down slows them all."""
+"""Times the sides of a workload, which take turns in one process: a machine that slows down slows them all.
 
+The environment is left as the user has it, with another process busy beside this one, unless told otherwise.
+"""
+
+import contextlib
 import math
 import os
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -29,6 +35,33 @@ def memory():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # Windows, for one
         return math.inf
+
+
+def environment():
+    """What is set that changes how many threads somebody has, or which way this package takes."""
+    return {name: os.environ[name] for name in sorted(os.environ) if name.endswith(_SETTINGS) or name in _OF_OURS}
+
+
+_SETTINGS = ("NUM_THREADS", "MAXIMUM_THREADS", "_PARALLELISM_THREADS", "THREAD_LIMIT", "WAIT_POLICY", "BLOCKTIME")
+_OF_OURS = ("CUPY_ROIALIGN_COMPILED",)
+
+_SPIN = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    sum(range(100_000))
+"""
+
+
+@contextlib.contextmanager
+def busy_neighbour():
+    """Another process that computes all the while, on one CPU."""
+    process = subprocess.Popen([sys.executable, "-c", _SPIN])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def spread(times):
@@ -70,7 +103,7 @@ def take_turns(sides, step, runs, tick=lambda: None):
 
 def check(sides, step):
     """{name: how far its result is from that of the first side}; they must be the same but for rounding."""
-    first, *others = sides
+    first, *others = [side for side in sides if side.compared]
     first.prepare()
     expected = first.array(first.steps[step]())
     found = {}
@@ -82,8 +115,8 @@ def check(sides, step):
     return found
 
 
-def run(specs, threads, runs):
-    """All of the workloads, with so many threads. Once in a process: TensorFlow's threads are chosen once."""
+def run(specs, threads, runs, idle=False):
+    """The report on these workloads, with so many threads. Once in a process: TensorFlow's are chosen once."""
     from tqdm import tqdm
 
     from benchmarks import report, sides, workloads
@@ -91,8 +124,9 @@ def run(specs, threads, runs):
     peers, absent = sides.installed(threads)
     done = {"processor": processor(), "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"}
     done["versions"] = sides.versions() | {name: found for peer in peers for name, found in peer.versions.items()}
-    done |= {"absent": absent, "skipped": {}, "differences": {}, "ms": {}}
-    print(f"{report.machine(done)}\n{report.plural(threads)}, median, fastest and slowest of {runs}", flush=True)
+    done |= {"runs": runs, "threads": threads, "another process is busy": not idle, "environment": environment()}
+    done |= {"absent": absent, "skipped": {}, "workloads": specs, "differences": {}, report.TIMES: {}}
+    print(report.conditions(done), flush=True)
     for name, why in absent.items():
         print(f"{name} does not take part: {why}")
     print(flush=True)
@@ -104,10 +138,12 @@ def run(specs, threads, runs):
             able = [side for side in present if step in side.steps]
             bar.set_description(f"{name} {step}")
             done["differences"].setdefault(name, {})[step] = check(able, step)
-            done["ms"].setdefault(name, {})[step] = times = take_turns(able, step, runs, bar.update)
+            done[report.TIMES].setdefault(name, {})[step] = times = take_turns(able, step, runs, bar.update)
             bar.write(report.lines(f"{name} {spec['title']}, {step}", times))
 
-    with tqdm(total=len(specs) * len(sides.STEPS) * (runs + 1), unit="round", disable=None) as bar:
+    total = len(specs) * len(sides.STEPS) * (runs + 1)
+    neighbour = contextlib.nullcontext() if idle else busy_neighbour()
+    with neighbour, tqdm(total=total, unit="round", disable=None) as bar:
         for name, spec in specs.items():
             needed = 5 * 4 * math.prod(spec["shape"])  # in two memory orders, their gradients, and a peer's
             if needed > memory():

@@ -5,11 +5,6 @@
 Ways take turns, so that a machine that slows down slows all; microseconds, the median of many rounds.
 """
 
-import os
-
-for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # read when NumPy is first imported
-    os.environ[variable] = "1"
-
 import argparse
 import json
 import platform
@@ -24,21 +19,25 @@ import torch
 import cupy_roialign as cr
 from benchmarks import workloads
 from benchmarks.measure import processor
-from cupy_roialign import autograd, bridge, numpy_backend, operators, ops, tensors
+from cupy_roialign import operators
+from cupy_roialign.arrays import ArraySpec
+from cupy_roialign.cpu import backend
+from cupy_roialign.torch import bridge, eager, graph, tensors
 
 
 def us(functions, rounds, calls=5):
     """{name: median microseconds} of functions that take turns."""
     times = {name: [] for name in functions}
     order, names = random.Random(0), list(functions)  # who comes after whom matters
-    for round_ in range(rounds + 20):
+    first = min(20, rounds)  # rounds that are not counted
+    for round_ in range(first + rounds):
         order.shuffle(names)
         for name in names:
             function = functions[name]
             start = time.perf_counter()
             for _ in range(calls):
                 function()
-            if round_ >= 20:
+            if round_ >= first:
                 times[name].append(1e6 * (time.perf_counter() - start) / calls)
     return {name: round(statistics.median(t), 1) for name, t in times.items()}
 
@@ -73,7 +72,7 @@ def ways(p):
     wanting = (plain[0].detach().requires_grad_(), plain[1])  # the same memory: another would not be in the cache
     taken = operators._roi_align(*arrays, *options, None)[1]
     recorded = operators._roi_align(*wanting, *options, None)[1]
-    like = autograd.like_of(plain[0])
+    spec = ArraySpec.of(plain[0])
     listed = [[boxes[boxes[:, 0] == i, 1:] for i in range(len(p["input"]))] for boxes in (p["rois"], plain[1])]
     output = cr.roi_align(*wanting, *options)
     grad = torch.ones_like(output)
@@ -91,15 +90,15 @@ def ways(p):
             "checks of tensors": lambda: operators._roi_align(*plain, *options, None),
             "checks of tensors to be recorded": lambda: operators._roi_align(*wanting, *options, None),
             "from tensors to arrays and back (DLPack)": lambda: (*map(bridge.memory, plain), bridge.tensor(crops)),
-            "the work, on arrays": lambda: numpy_backend.forward(*taken),
+            "the work, on arrays": lambda: backend.forward(*taken),
             "the work, on tensors": lambda: tensors.forward(*recorded),
-            "the work, in an autograd Function": lambda: autograd.EAGER.crops(*recorded, ()),
-            "the work, in an operator of torch.library": lambda: ops.FAMILY.crops(*recorded, ()),
+            "the work, in an autograd Function": lambda: eager.EAGER.crops(*recorded, ()),
+            "the work, in an operator of torch.library": lambda: graph.FAMILY.crops(*recorded, ()),
             "an autograd Function that does nothing": lambda: Nothing.apply(wanting[0]),
         },
         "backward": {
-            "NumPy": lambda: numpy_backend.feature_gradient(grad.numpy(), *taken),
-            "on tensors": lambda: tensors.feature_gradient(grad, like, *recorded[1:]),
+            "NumPy": lambda: backend.feature_gradient(grad.numpy(), *taken),
+            "on tensors": lambda: tensors.feature_gradient(grad, spec, *recorded[1:]),
             "torch": lambda: torch.autograd.grad(output, wanting[0], grad, retain_graph=True),
         },
     }
@@ -111,6 +110,7 @@ def main():
     parser.add_argument("--json", type=Path, help="write the times here as well")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    cr.set_num_threads(1)
     versions = {"numpy": np.__version__, "torch": torch.__version__, "python": platform.python_version()}
     report = {"processor": processor(), "versions": versions, "us, median": {}}
     print(f"{processor()}; one thread; {versions}")

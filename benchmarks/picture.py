@@ -1,12 +1,8 @@
-"""Bars of what was measured, on a logarithmic scale."""
+"""How many times faster the compiled way is than the fastest peer of each workload, as dots on a logarithmic scale."""
 
-from benchmarks.report import TIMES, plural
-from benchmarks.sides import OURS, PEERS
+from benchmarks.report import TIMES, speedup
 
-# Told apart by the colour-blind (Okabe and Ito): warm colours for peers, ours in cold ones.
-COLORS = dict(
-    zip(PEERS + OURS, ("#777777", "#E69F00", "#D55E00", "#0072B2", "#56B4E9", "#009E73", "#8FD9BF"), strict=True)
-)
+COLORS = {"compiled, NCHW": "#0072B2", "compiled, channels-last": "#D55E00"}  # told apart by the colour-blind
 STEPS = ("forward", "feature gradient")
 
 
@@ -17,39 +13,30 @@ def draw(report, path):
     from matplotlib import pyplot
 
     with pyplot.rc_context({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = _figure(report[TIMES])
+        figure = _figure(report)
         figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def _figure(times):
+def _figure(report):
     from matplotlib import pyplot
-    from matplotlib.ticker import EngFormatter
 
-    size = (13, 3.4 * len(times) + 1)
-    figure, grid = pyplot.subplots(
-        len(times), len(STEPS), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
-    )
-    bars = {}
-    for row, (threads, workloads) in zip(grid, times.items(), strict=True):
-        for axes, step in zip(row, STEPS, strict=True):
-            for place, steps in enumerate(workloads.values()):
-                present = [side for side in COLORS if side in steps[step]]
-                width = 0.84 / len(present)
-                for number, side in enumerate(present):
-                    x = place + (number - (len(present) - 1) / 2) * width
-                    median, least, most = (ms / 1e3 for ms in steps[step][side])
-                    bars[side] = axes.bar(x, median, width, color=COLORS[side])
-                    axes.plot([x, x], [least, most], color="black", linewidth=0.8)
-            axes.set(title=f"{step}, {plural(int(threads))}", yscale="log")
-            axes.yaxis.set_major_formatter(EngFormatter("s"))
-            axes.grid(axis="y", color="#dddddd")
-            axes.set_axisbelow(True)
-            axes.set_xticks(range(len(workloads)), list(workloads))
-    for whose, names, place in (("", PEERS, "outside upper center"), ("ours: ", OURS, "outside lower center")):
-        shown = [side for side in names if side in bars]
-        if not shown:
-            continue
-        labels = [whose + side for side in shown]
-        figure.legend([bars[side] for side in shown], labels, loc=place, ncols=len(names), frameon=False)
+    names = list(report[TIMES])
+    titles = [f"{report['workloads'][name]['title']} ({name})" for name in names]
+    size = (12, 0.45 * len(names) + 2)
+    figure, grid = pyplot.subplots(1, len(STEPS), figsize=size, sharey=True, layout="constrained")
+    for axes, step in zip(grid, STEPS, strict=True):
+        for way, color in COLORS.items():
+            found = [report[TIMES][name][step] for name in names]
+            ratios = [speedup(times, way) if way in times else None for times in found]
+            dots = [(ratio, place) for place, ratio in enumerate(ratios) if ratio]
+            axes.plot([x for x, _ in dots], [y for _, y in dots], "o", color=color, label=way)
+        axes.axvline(1, color="black", linewidth=1)
+        axes.set(title=step, xscale="log", xlabel="times faster than the fastest peer (left of 1: slower)")
+        axes.xaxis.set_major_formatter("{x:g}x")
+        axes.grid(axis="x", color="#dddddd")
+        axes.set_axisbelow(True)
+        axes.set_yticks(range(len(names)), titles)
+    grid[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COLORS), frameon=False)
     return figure

@@ -1,51 +1,59 @@
 """What was measured, as JSON, on the screen, and as tables.
 
-python -m benchmarks.report    # brings docs/speed (one thread) and benchmarks/README up to date with results/cpu.json
+python -m benchmarks.report    # brings docs/speed.md and README.md up to date with results/cpu.json
 """
 
 import json
 import re
 from pathlib import Path
 
-from benchmarks.sides import ONE_THREAD, OURS, PEERS, STEPS
+from benchmarks.sides import OURS, PEERS, STEPS
 
 TIMES = "ms: median, least, most"
-DIFFERENCES = "largest difference from the first of ours, in units of the largest value"
 
 
 def duration(ms):
-    return f"{ms:.1f} ms" if ms >= 1 else f"{1e3 * ms:.0f} µs"
+    return f"{ms:.0f} ms" if ms >= 100 else f"{ms:.1f} ms" if ms >= 1 else f"{1e3 * ms:.0f} µs"
 
 
 def factor(number):
     return f"{number:.1f}x" if 1 <= number < 100 else f"{number:.0f}x" if number >= 100 else f"{number:.2g}x"
 
 
-def plural(threads):
-    return "one thread" if threads == 1 else f"{threads} threads"
-
-
-def is_ours(side):
-    return side.removesuffix(ONE_THREAD) in OURS
-
-
 def peers(times):
     return [side for side in PEERS if side in times]
 
 
-def machine(report):
+def fastest(times):
+    """The fastest peer and its median, or None."""
+    return min(((side, times[side][0]) for side in peers(times)), key=lambda found: found[1], default=None)
+
+
+def speedup(times, side):
+    """How many times faster than the fastest peer, or None."""
+    found = fastest(times)
+    return found[1] / times[side][0] if found else None
+
+
+def conditions(report):
+    """Where and how it was measured."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    return f"{report['processor']} ({report['system']}); {versions}"
+    threads = "one thread" if report["threads"] == 1 else f"{report['threads']} threads"
+    busy = "another process was busy" if report["another process is busy"] else "no other process was started"
+    settings = ", ".join(f"{name}={value}" for name, value in report["environment"].items())
+    return (
+        f"{report['processor']} ({report['system']}); {versions}. {threads.capitalize()}; medians of {report['runs']} "
+        f"rounds, in which {busy}; set in the environment: {settings or 'nothing'}."
+    )
 
 
 def lines(title, times):
-    """A step, as the screen shows it: medians, the fastest and slowest run, and how much faster ours are than peers."""
+    """A step, as the screen shows it: ratios to the fastest peer, then medians, the fastest and the slowest run."""
     rows = [title]
-    for side in sorted(times, key=lambda side: (is_ours(side), times[side][0])):
+    for side in sorted(times, key=lambda side: (side in OURS, times[side][0])):
+        ratio = speedup(times, side) if side in OURS else None
         median, least, most = map(duration, times[side])
-        faster = [f"{factor(times[peer][0] / times[side][0])} {peer}" for peer in peers(times) if is_ours(side)]
-        row = f"  {side:38} {median:>10}   {least:>10} to {most:<10} {', '.join(faster)}"
-        rows.append(row.rstrip())
+        rows.append(f"  {factor(ratio) if ratio else '':>6} {side:24} {median:>10}   {least:>10} to {most}")
     return "\n".join(rows) + "\n"
 
 
@@ -64,62 +72,75 @@ def _rounded(value):
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-BEGIN, END = "<!-- times: made by python -m benchmarks.report -->", "<!-- end of times -->"
+# ---- tables ----
+
+ROWS = {
+    "box head of a detector (W1)": ("W1", "forward"),
+    "the same, gradient with respect to the features": ("W1", "feature gradient"),
+    "5,000 small crops of 3 channels (W6)": ("W6", "forward"),
+    "crops of photos, 224 x 224 (W4)": ("W4", "forward"),
+    "one small box (tiny)": ("tiny", "forward"),
+}
+"""Those of README, where they were measured."""
 
 
-PAGES = {"docs/speed.md": lambda threads: threads == 1, "benchmarks/README.md": lambda threads: threads > 1}
-"""Which tables stand where."""
+def table(report):
+    """All workloads and steps, for docs/speed.md."""
+    ways = [way for way in OURS if any(way in times for steps in report[TIMES].values() for times in steps.values())]
+    rows = [["workload", "step", *ways, "fastest peer"]]
+    for name, steps in report[TIMES].items():
+        for step, times in steps.items():
+            title = f"{name}, {report['workloads'][name]['title']}" if step == STEPS[0] else ""
+            rows.append([title, step, *(_ours(times, way) for way in ways), _peer(times)])
+    return f"{conditions(report)}\n\n{_markdown(rows)}"
+
+
+def short_table(report):
+    """README's."""
+    ways = ("compiled, NCHW", "compiled, channels-last")
+    rows = [["one CPU thread, float32", "fastest peer", "cupy_roialign, NCHW", "cupy_roialign, channels-last"]]
+    for title, (name, step) in ROWS.items():
+        if times := report[TIMES].get(name, {}).get(step):
+            rows.append([title, _peer(times), *(_ours(times, way) for way in ways)])
+    return _markdown(rows)
+
+
+def _ours(times, way):
+    if way not in times:
+        return ""
+    ratio = speedup(times, way)
+    return f"{factor(ratio)} ({duration(times[way][0])})" if ratio else duration(times[way][0])
+
+
+def _peer(times):
+    found = fastest(times)
+    note = ", boxes rounded" if found and found[0] == "OpenCV" else ""
+    return f"{found[0]} ({duration(found[1])}){note}" if found else ""
+
+
+def _markdown(rows):
+    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("|" + "|".join("---" if cell == "---" else f" {cell} " for cell in row) + "|" for row in rows)
+
+
+PAGES = {
+    "docs/speed.md": ("<!-- times: made by python -m benchmarks.report -->", table, "<!-- end of times -->"),
+    "README.md": ("<!-- speed -->", short_table, "<!-- end of speed -->"),
+}
 
 
 def section(report, page):
     """What a page says of it."""
-    parts = [f"Median of {report['runs']}. {machine(report)}."]
-    for threads, table in tables(report).items():
-        if PAGES[page](threads):
-            parts += [f"**{plural(threads).capitalize()}**", table]
-    return "\n\n".join([BEGIN, *parts, END])
+    begin, make, end = PAGES[page]
+    gap = "\n\n" if page.startswith("docs") else "\n"
+    return gap.join([begin, make(report), end])
 
 
-def tables(report):
-    """{number of threads: table}."""
-    return {int(threads): _table(report, threads) for threads in report[TIMES]}
-
-
-def _table(report, threads):
-    ways = [side for side in OURS if _measured(report, threads, side)]
-    reference = ways[0] + ONE_THREAD
-    columns = ["", "", "fastest peer", *ways]
-    if _measured(report, threads, reference):
-        columns.append(f"{ways[0]}: over one thread")
-    rows = [columns, ["---"] * len(columns)]
-    for name, steps in report[TIMES][threads].items():
-        spec = report["workloads"][name]
-        for step in STEPS:
-            times = {side: times[0] for side, times in steps[step].items()}
-            fastest = min(peers(times), key=times.get, default=None)
-            cells = [f"{name} {spec['title']}" if step == STEPS[0] else "", step]
-            cells.append(f"{duration(times[fastest])}, {fastest}" if fastest else "")
-            for way in ways:
-                faster = f" ({factor(times[fastest] / times[way])})" if fastest else ""
-                cells.append(duration(times[way]) + faster)
-            if len(columns) > len(cells):
-                cells.append(factor(times[reference] / times[ways[0]]) if reference in times else "")
-            rows.append(cells)
-    return "\n".join(
-        "|" + "|".join(f" {cell} " if cell.strip("-") else cell or " " for cell in row) + "|" for row in rows
-    )
-
-
-def _measured(report, threads, side):
-    return any(side in times for steps in report[TIMES][threads].values() for times in steps.values())
-
-
-def main():
-    root = Path(__file__).parents[1]
+def main(root=Path(__file__).parents[1]):
     report = json.loads((root / "benchmarks/results/cpu.json").read_text(encoding="utf-8"))
-    for page in PAGES:
-        before, rest = (root / page).read_text(encoding="utf-8").split(BEGIN)
-        (root / page).write_text(before + section(report, page) + rest.split(END)[1], encoding="utf-8")
+    for page, (begin, _, end) in PAGES.items():
+        before, rest = (root / page).read_text(encoding="utf-8").split(begin)
+        (root / page).write_text(before + section(report, page) + rest.split(end)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Who takes part: ours in each of its ways, and every peer that is installed. Each is given a workload's arrays.
+"""Who takes part: this package in each of its ways, and every peer that is installed.
 
-Peers are called below what they have for autograd, which costs them a little more.
+Each is given a workload's arrays. Peers are called below what they have for autograd, which costs them a little more.
 """
 
 import functools
@@ -14,17 +14,12 @@ import numpy as np
 
 import cupy_roialign as cr
 from benchmarks import workloads
-from cupy_roialign import numpy_backend, operators
-
-try:
-    import scipy
-except ImportError:
-    scipy = None
+from cupy_roialign import operators
+from cupy_roialign.cpu import backend, plain
 
 STEPS = ("forward", "feature gradient", "box gradient")
-OURS = ("SciPy, NCHW", "SciPy, channels-last", "NumPy alone, NCHW", "NumPy alone, channels-last")
-ONE_THREAD = ", one thread"  # ends the names of ours with one thread among sides that have several
-PEERS = ("torchvision", "onnxruntime", "TensorFlow")
+OURS = ("compiled, NCHW", "compiled, channels-last", "plain, NCHW", "plain, channels-last")
+PEERS = ("torchvision", "onnxruntime", "TensorFlow", "OpenCV")
 
 
 @dataclass
@@ -33,15 +28,26 @@ class Side:
     steps: dict[str, Callable[[], Any]]  # some of STEPS
     array: Callable[[Any], np.ndarray] = np.asarray  # of what a step returns, (., C, ., .) if it has four axes
     prepare: Callable[[], None] = lambda: None  # before each turn
+    compared: bool = True  # whether its results are to be those of the others
+
+
+@functools.cache
+def _ways():
+    """The ways of the CPU that there are."""
+    if backend.not_compiled():
+        return {"plain": plain}
+    from cupy_roialign.cpu import compiled
+
+    return {"compiled": compiled, "plain": plain}
 
 
 def versions():
     found = {"cupy_roialign": cr.__version__, "numpy": np.__version__, "python": platform.python_version()}
-    return found | ({"scipy": scipy.__version__} if scipy else {})
+    return found | ({"numba": _ways()["compiled"].numba.__version__} if "compiled" in _ways() else {})
 
 
 def _use(way, threads):
-    numpy_backend.SPARSE = None if way == "SciPy" else False
+    backend._way = lambda: way
     cr.set_num_threads(threads)
 
 
@@ -49,15 +55,15 @@ def _steps(p, features, cotangent):
     if p["operator"] == "crop_and_resize":
         arguments = (features, p["boxes_norm"], p["batch_indices"], p["out"])
         forward = functools.partial(cr.crop_and_resize, *arguments)
-        _, request = operators._crop_and_resize(*arguments, "bilinear", 0.0)
+        request = operators._crop_and_resize(*arguments, "bilinear", 0.0).request
     else:
         arguments = (features, p["rois"], p["out"], p["scale"], p["sr"], p["aligned"])
         forward = functools.partial(cr.roi_align, *arguments)
-        _, request = operators._roi_align(*arguments, None)
+        request = operators._roi_align(*arguments, None).request
     return {
         "forward": forward,
-        "feature gradient": lambda: numpy_backend.feature_gradient(cotangent, *request),
-        "box gradient": lambda: numpy_backend.box_gradient(cotangent, *request),
+        "feature gradient": lambda: backend.feature_gradient(cotangent, *request),
+        "box gradient": lambda: backend.box_gradient(cotangent, *request),
     }
 
 
@@ -67,11 +73,8 @@ def ours(p, threads):
     sides = []
     for name in OURS:
         way, layout = name.split(", ")
-        if way == "SciPy" and scipy is None:
-            continue
-        sides.append(Side(name, steps[layout], prepare=functools.partial(_use, way, threads)))
-        if threads > 1:
-            sides.append(Side(name + ONE_THREAD, steps[layout], prepare=functools.partial(_use, way, 1)))
+        if way in _ways():
+            sides.append(Side(name, steps[layout], prepare=functools.partial(_use, _ways()[way], threads)))
     return sides
 
 
@@ -191,10 +194,50 @@ class TensorFlow:
         return Side(self.name, steps, array)
 
 
-def installed(threads):
-    """Peers, with so many threads, and {name: why it is not among them}."""
+class OpenCV:
+    """Pictures and masks: crops of whole pixels, resized one by one into new memory. It reads NHWC.
+
+    Its samples are not the same ones: boxes are rounded, a bin has one sample, and none lies outside of the box's
+    pixels. So its results are not compared.
+    """
+
+    name = "OpenCV"
+
+    def __init__(self, threads):
+        import cv2
+
+        cv2.setNumThreads(threads)
+        self.cv2 = cv2
+        self.versions = {"opencv": cv2.__version__}
+
+    def side(self, p):
+        if p["operator"] != "roi_align" or p["input"].shape[1] > 4:
+            return None
+        images, (h, w) = workloads.nhwc(p["input"]), p["out"]
+        edges = np.rint(p["boxes"] * p["scale"]).astype(int)
+        edges[:, :2] = np.minimum(edges[:, :2], np.array(images.shape[2:0:-1]) - 1)
+        edges[:, 2:] = np.maximum(edges[:, 2:], edges[:, :2] + 1)
+        places = [
+            (image, slice(y1, y2), slice(x1, x2))
+            for image, (x1, y1, x2, y2) in zip(p["batch_indices"].tolist(), edges.tolist(), strict=True)
+        ]
+        resize = self.cv2.resize
+
+        def forward():
+            crops = np.empty((len(places), h, w, images.shape[3]), np.float32)
+            for crop, place in zip(crops, places, strict=True):
+                resize(images[place], (w, h), dst=crop)
+            return crops
+
+        return Side(self.name, {"forward": forward}, lambda crops: crops.transpose(0, 3, 1, 2), compared=False)
+
+
+def installed(threads, kinds=(Torchvision, OnnxRuntime, TensorFlow, OpenCV)):
+    """Peers, with so many threads, and {name: why it does not take part}."""
     peers, absent = [], {}
-    for peer in (Torchvision, OnnxRuntime, TensorFlow):
+    if why := backend.not_compiled():
+        absent["the compiled way"] = why
+    for peer in kinds:
         try:
             peers.append(peer(threads))
         except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: torchvision is of another torch

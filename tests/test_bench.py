@@ -2,10 +2,13 @@
 
 import copy
 import json
+import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,15 +17,13 @@ import pytest
 import cupy_roialign as cr
 from benchmarks import __main__ as program
 from benchmarks import compare, measure, report, sides, workloads
-from cupy_roialign import numpy_backend, numpy_dense
+from cupy_roialign.cpu import backend
 
 pytest.importorskip("tqdm")
 pytest.importorskip("matplotlib")
 
 ROOT = Path(__file__).parents[1]
-OWN = shlex.split(
-    "--features 2,16,12,10 --boxes 3 --output 2,3 --scale 0.5 --sampling-ratio 2 --aligned --box-side 4,9"
-)
+OWN = shlex.split("--features 2,3,12,10 --boxes 3 --output 2,3 --scale 0.5 --sampling-ratio 2 --aligned --box-side 4,9")
 
 
 @pytest.fixture(scope="module")
@@ -30,86 +31,156 @@ def run(tmp_path_factory):
     """A run of the program, of a workload of one's own: what it printed, its report, and where that is."""
     path = tmp_path_factory.mktemp("bench") / "own"
     command = [sys.executable, "-m", "benchmarks", *OWN, "--threads", "2", "--runs", "2", "--save", path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    settings = {name: value for name, value in os.environ.items() if name not in measure.environment()}
+    settings["OMP_NUM_THREADS"] = "2"
+    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(path.with_suffix(".json").read_text()), path
 
 
 def test_report(run):
     found = run[1]
-    assert found["workloads"]["own"]["shape"] == [2, 16, 12, 10]
+    assert found["workloads"]["own"]["shape"] == [2, 3, 12, 10]
     assert found["workloads"]["own"]["image"] == [24, 20]
     assert found["versions"]["numpy"] == np.__version__
     assert found["processor"]
-    assert found["runs"] == 2
-    steps = found[report.TIMES]["2"]["own"]
+    assert (found["runs"], found["threads"], found["another process is busy"]) == (2, 2, True)
+    steps = found[report.TIMES]["own"]
     assert list(steps) == list(sides.STEPS)
-    ours = {name for name in sides.OURS if sides.scipy or "SciPy" not in name}
-    ours |= {name + sides.ONE_THREAD for name in ours}
-    peers = [name for name in sides.PEERS[:2] if name not in found["absent"]]
-    assert set(found["absent"]) <= set(sides.PEERS)
-    assert set(steps["forward"]) == ours | set(peers)
+    ours = {name for name in sides.OURS if "plain" in name or not backend.not_compiled()}
+    peers = {name for name in sides.PEERS if name not in found["absent"]} - {"TensorFlow"}
+    assert set(found["absent"]) <= {*sides.PEERS, "the compiled way"}
+    assert set(steps["forward"]) == ours | peers
     assert set(steps["box gradient"]) == ours
     for times in steps.values():
         for median, least, most in times.values():
             assert 0 < least <= median <= most < 60e3
-    far = found[report.DIFFERENCES]["2"]["own"]["forward"]
-    assert len(far) == len(steps["forward"]) - 1
+    far = found["differences"]["own"]["forward"]
+    assert set(far) == set(steps["forward"]) - {next(iter(steps["forward"])), "OpenCV"}
     assert max(far.values()) < 1e-5
 
 
 def test_onnxruntime_takes_part(run):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
-    assert "onnxruntime" in run[1][report.TIMES]["2"]["own"]["forward"]
+    assert "onnxruntime" in run[1][report.TIMES]["own"]["forward"]
 
 
 def test_screen(run):
     printed, found, path = run
-    assert report.machine(found) in printed
-    for step, times in found[report.TIMES]["2"]["own"].items():
-        assert f"own 3 boxes, 2x16x12x10, {step}\n" in printed
-        assert all(f"\n  {side} " in printed for side in times)
+    assert report.conditions(found) in printed
+    for step, times in found[report.TIMES]["own"].items():
+        assert f"own 3 boxes, 2x3x12x10, {step}\n" in printed
+        assert all(f" {side} " in printed for side in times)
     assert f"wrote {path}.json and {path}.png" in printed
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
+
+# ---- the manner ----
+
+
+def test_environment_is_the_users_and_is_told(run):
+    """The program adds no setting to the one that the test made."""
+    assert run[1]["environment"] == {"OMP_NUM_THREADS": "2"}
+    assert "set in the environment: OMP_NUM_THREADS=2." in run[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("OPENBLAS_NUM_THREADS", True),
+        ("CUPY_ROIALIGN_COMPILED", True),
+        ("CUPY_ROIALIGN_NUM_THREADS", True),
+        ("X", False),
+    ],
+)
+def test_settings_that_are_told(name, told, monkeypatch):
+    monkeypatch.setenv(name, "1")
+    assert (measure.environment().get(name) == "1") == told
+
+
+def test_neighbour_is_busy_until_it_is_ended():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    with measure.busy_neighbour() as process:
+        time.sleep(1)
+        assert process.poll() is None
+    assert process.poll() is not None
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before > 0.2
+
+
+def test_idle(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "busy_neighbour", lambda: pytest.fail("it is busy"))
+    monkeypatch.setattr(sides, "installed", lambda threads: ([], {}))
+    found = measure.run({}, 1, 1, idle=True)
+    assert not found["another process is busy"]
+    assert "no other process was started" in capsys.readouterr().out
+
+
+# ---- tables and comparisons ----
 
 REPORT = {
     "processor": "a processor",
     "system": "a system",
     "runs": 3,
+    "threads": 1,
+    "another process is busy": True,
+    "environment": {},
     "versions": {"numpy": "2"},
-    "workloads": json.loads(json.dumps({"W1": workloads.SPECS["W1"]})),
+    "workloads": json.loads(json.dumps({name: workloads.SPECS[name] for name in ("W1", "W6")})),
     report.TIMES: {
-        "2": {
-            "W1": {
-                "forward": {
-                    "onnxruntime": [120.0, 110.0, 130.0],
-                    "torchvision": [200.0, 190.0, 210.0],
-                    "NumPy alone, NCHW": [60.0, 50.0, 70.0],
-                    "NumPy alone, channels-last": [0.5, 0.4, 0.7],
-                    "NumPy alone, NCHW, one thread": [90.0, 80.0, 99.0],
-                },
-                "feature gradient": {
-                    "NumPy alone, NCHW": [2.0, 1.0, 3.0],
-                    "NumPy alone, channels-last": [4.0, 1.0, 9.0],
-                },
-                "box gradient": {"NumPy alone, NCHW": [2.0, 1.0, 3.0], "NumPy alone, channels-last": [4.0, 1.0, 9.0]},
-            }
-        }
+        "W1": {
+            "forward": {
+                "onnxruntime": [120.0, 110.0, 130.0],
+                "torchvision": [200.0, 190.0, 210.0],
+                "compiled, NCHW": [60.0, 50.0, 70.0],
+                "compiled, channels-last": [0.5, 0.4, 0.7],
+                "plain, NCHW": [240.0, 80.0, 399.0],
+            },
+            "feature gradient": {"compiled, NCHW": [2.0, 1.0, 3.0], "compiled, channels-last": [4.0, 1.0, 9.0]},
+        },
+        "W6": {"forward": {"OpenCV": [10.0, 9.0, 11.0], "compiled, NCHW": [20.0, 20.0, 20.0]}},
     },
 }
 
 
 def test_table():
-    (table,) = report.tables(REPORT).values()
+    conditions, table = report.table(REPORT).split("\n\n")
+    assert conditions == (
+        "a processor (a system); numpy 2. One thread; medians of 3 rounds, in which another process was busy; set in "
+        "the environment: nothing."
+    )
     assert table.splitlines() == [
-        "| | | fastest peer | NumPy alone, NCHW | NumPy alone, channels-last | NumPy alone, NCHW: over one thread |",
+        "| workload | step | compiled, NCHW | compiled, channels-last | plain, NCHW | fastest peer |",
         "|---|---|---|---|---|---|",
-        "| W1 FPN-P2 box head | forward | 120.0 ms, onnxruntime | 60.0 ms (2.0x) | 500 µs (240x) | 1.5x |",
-        "| | feature gradient | | 2.0 ms | 4.0 ms | |",
-        "| | box gradient | | 2.0 ms | 4.0 ms | |",
+        "| W1, box head | forward | 2.0x (60.0 ms) | 240x (500 µs) | 0.5x (240 ms) | onnxruntime (120 ms) |",
+        "|  | feature gradient | 2.0 ms | 4.0 ms |  |  |",
+        "| W6, 5,000 small crops | forward | 0.5x (20.0 ms) |  |  | OpenCV (10.0 ms), boxes rounded |",
     ]
+
+
+def test_table_of_readme():
+    """Rows that were not measured are left out; those that are slower are not."""
+    assert report.short_table(REPORT).splitlines()[2:] == [
+        "| box head of a detector (W1) | onnxruntime (120 ms) | 2.0x (60.0 ms) | 240x (500 µs) |",
+        "| the same, gradient with respect to the features |  | 2.0 ms | 4.0 ms |",
+        "| 5,000 small crops of 3 channels (W6) | OpenCV (10.0 ms), boxes rounded | 0.5x (20.0 ms) |  |",
+    ]
+
+
+def test_pages_get_their_tables(tmp_path):
+    """What stands around them stays, and a second time changes nothing."""
+    for page, (begin, _, end) in report.PAGES.items():
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).write_text(f"before\n{begin}\nold\n{end}\nbehind\n")
+    report.write(REPORT, tmp_path / "benchmarks/results/cpu.json")
+    for _ in range(2):
+        report.main(tmp_path)
+        assert (tmp_path / "README.md").read_text() == (
+            f"before\n<!-- speed -->\n{report.short_table(REPORT)}\n<!-- end of speed -->\nbehind\n"
+        )
+        speed = (tmp_path / "docs/speed.md").read_text()
+        assert speed == f"before\n{report.section(REPORT, 'docs/speed.md')}\nbehind\n"
+        assert f"\n\n{report.table(REPORT)}\n\n" in speed
 
 
 def test_a_list_is_a_line_of_the_file(tmp_path):
@@ -122,7 +193,7 @@ def test_a_list_is_a_line_of_the_file(tmp_path):
 def slowed(times, only=""):
     """REPORT, with those sides that have `only` in their name so many times slower."""
     found = copy.deepcopy(REPORT)
-    for steps in found[report.TIMES]["2"].values():
+    for steps in found[report.TIMES].values():
         for sides_ in steps.values():
             for side in sides_:
                 if only in side:
@@ -132,39 +203,37 @@ def slowed(times, only=""):
 
 def test_ours_are_compared_by_the_fastest_peer():
     by_name = {change.case: change for change in compare.changes(REPORT, slowed(3))}
-    forward = by_name["W1, forward, 2 threads: NumPy alone, NCHW"]
+    forward = by_name["W1, forward: compiled, NCHW"]
     assert forward.peer == "onnxruntime"
     assert forward.slower == pytest.approx(1)
-    gradient = by_name["W1, feature gradient, 2 threads: NumPy alone, NCHW"]
+    gradient = by_name["W1, feature gradient: compiled, NCHW"]
     assert gradient.peer is None
     assert gradient.slower == pytest.approx(3)
-    assert len(by_name) == 7
+    assert len(by_name) == 6
     now = slowed(3, "NCHW")
-    del now[report.TIMES]["2"]["W1"]["forward"]["onnxruntime"]
+    del now[report.TIMES]["W1"]["forward"]["onnxruntime"]
     by_name = {change.case: change for change in compare.changes(REPORT, now)}
-    assert by_name["W1, forward, 2 threads: NumPy alone, NCHW"] == compare.Change(
-        "W1, forward, 2 threads: NumPy alone, NCHW", "torchvision", pytest.approx(3)
+    assert by_name["W1, forward: compiled, NCHW"] == compare.Change(
+        "W1, forward: compiled, NCHW", "torchvision", pytest.approx(3)
     )
-    assert by_name["W1, forward, 2 threads: NumPy alone, channels-last"].slower == pytest.approx(1)
+    assert by_name["W1, forward: compiled, channels-last"].slower == pytest.approx(1)
 
 
 def test_other_workloads_are_not_compared():
     other = copy.deepcopy(REPORT)
     other["workloads"]["W1"]["K"] += 1
-    assert not compare.changes(REPORT, other)
-    other = copy.deepcopy(REPORT)
-    other[report.TIMES]["1"] = other[report.TIMES].pop("2")
-    assert not compare.changes(REPORT, other)
+    assert {change.case for change in compare.changes(REPORT, other)} == {"W6, forward: compiled, NCHW"}
+    assert not compare.changes(REPORT, {**REPORT, "threads": 2})
 
 
 @pytest.mark.parametrize(
     ("now", "tolerance", "status"),
     [
         (REPORT, "1.25", 0),
-        (slowed(1.3, "NumPy"), "1.25", 1),
-        (slowed(1.3, "NumPy"), "1.4", 0),
-        (slowed(0.1, "NumPy"), "1.25", 0),
-        (slowed(1.3, "NumPy alone, NCHW, one thread"), "1.25", 1),
+        (slowed(1.3, "NCHW"), "1.25", 1),
+        (slowed(1.3, "NCHW"), "1.4", 0),
+        (slowed(0.1, "NCHW"), "1.25", 0),
+        (slowed(1.3, "plain"), "1.25", 1),
     ],
 )
 def test_status_of_a_comparison(now, tolerance, status, monkeypatch, tmp_path, capsys):
@@ -181,6 +250,14 @@ def test_status_of_a_comparison(now, tolerance, status, monkeypatch, tmp_path, c
 def test_nothing_to_compare_is_an_error(run, monkeypatch, tmp_path):
     monkeypatch.setattr(program, "run", lambda chosen: REPORT)
     assert "nothing that was measured is in" in program.main(["--compare", f"{run[2]}.json"])
+
+
+def test_stored_run_is_of_all_workloads():
+    stored = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
+    assert stored["workloads"] == json.loads(json.dumps(workloads.SPECS))
+    assert set(stored[report.TIMES]) | set(stored["skipped"]) == set(workloads.SPECS)
+    assert len(report.short_table(stored).splitlines()) == 2 + len(report.ROWS)
+    assert (stored["threads"], stored["another process is busy"], stored["environment"]) == (1, True, {})
 
 
 @pytest.mark.parametrize(
@@ -211,8 +288,8 @@ def test_arguments_that_are_wrong(given, message, capsys, monkeypatch):
 
 def test_defaults():
     chosen = program.arguments([])[1]
-    assert list(program.specs(chosen)) == program.NAMES
-    assert chosen.save == program.LATEST
+    assert program.specs(chosen) == workloads.SPECS
+    assert (chosen.save, chosen.threads, chosen.idle) == (program.LATEST, 1, False)
     assert program.arguments(["--compare", "x"])[1].save is None
     assert program.arguments(["--features", "1,2,3,4", "--output", "5"])[1].output == (5, 5)
 
@@ -239,37 +316,57 @@ def test_quick_functions_are_called_often():
 
 
 def test_results_that_differ_are_an_error():
-    def side(name, result):
-        return sides.Side(name, {"forward": lambda: np.array(result)})
+    def side(name, result, **options):
+        return sides.Side(name, {"forward": lambda: np.array(result)}, **options)
 
     one = [[1.0, 2.0]]
     assert measure.check([side("a", one), side("b", one)], "forward") == {"b": 0}
     for other in ([[1.0, 2.1]], [[1.0, np.nan]]):
         with pytest.raises(RuntimeError, match=r"of b and a are .* apart"):
             measure.check([side("a", one), side("b", other)], "forward")
+        assert measure.check([side("a", one), side("b", other, compared=False)], "forward") == {}
     assert measure.difference(np.zeros((1, 2)), np.zeros((1, 2))) == 0
+
+
+# ---- the sides ----
 
 
 @pytest.fixture
 def as_before(monkeypatch):
-    monkeypatch.setattr(numpy_backend, "SPARSE", None)
+    monkeypatch.setattr(backend, "_way", backend._way)
     yield
     cr.set_num_threads(None)
 
 
 def test_ours_are_what_their_names_say(as_before, monkeypatch):
-    p = workloads.draw({**workloads.SPECS["W5"], "K": 100})
-    dense = []
-    monkeypatch.setattr(
-        numpy_dense, "forward", lambda *arguments, was=numpy_dense.forward: dense.append(1) or was(*arguments)
-    )
-    for side in sides.ours(p, 3):
-        dense.clear()
+    p = workloads.draw({**workloads.SPECS["W5"], "K": 2})
+    called = []
+
+    def watch(way, module, name):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: called.append(way) or function(*args))
+
+    for way, module in sides._ways().items():
+        for name in ("crops", "to_features", "to_boxes"):
+            watch(way, module, name)
+    found = sides.ours(p, 3)
+    assert {side.name for side in found} == {name for name in sides.OURS if name.split(",")[0] in sides._ways()}
+    for side in found:
         side.prepare()
-        crops = side.steps["forward"]()
-        assert bool(dense) == ("NumPy alone" in side.name)
-        assert (crops.strides[1] == 4) == ("channels-last" in side.name)
-        assert cr.get_num_threads() == (1 if "one thread" in side.name else 3)
+        assert cr.get_num_threads() == 3
+        for step in sides.STEPS:
+            called.clear()
+            result = side.steps[step]()
+            assert called == [side.name.split(",")[0]]
+            assert result.ndim == 2 or (result.strides[1] == 4) == ("channels-last" in side.name)
+
+
+def test_a_way_that_there_is_not_does_not_take_part(monkeypatch):
+    monkeypatch.setattr(backend, "not_compiled", lambda: "Numba is not installed")
+    monkeypatch.setattr(sides, "_ways", sides._ways.__wrapped__)
+    assert {side.name.split(",")[0] for side in sides.ours(workloads.make("tiny"), 1)} == {"plain"}
+    assert "numba" not in sides.versions()
+    assert sides.installed(1, kinds=()) == ([], {"the compiled way": "Numba is not installed"})
 
 
 def test_crop_and_resize_is_on_the_same_boxes():
@@ -280,6 +377,46 @@ def test_crop_and_resize_is_on_the_same_boxes():
     np.testing.assert_array_equal(steps["forward"](), expected)
     for step, gradient in zip(("feature gradient", "box gradient"), pullback(p["cotangent"]), strict=True):
         np.testing.assert_array_equal(steps[step](), gradient)
+
+
+def drawn_for_opencv(channels=3, **changes):
+    spec = {**workloads.SPECS["W4"], "shape": (2, channels, 60, 50), "image": (60, 50), "K": 20, "side": (10, 40)}
+    return workloads.draw({**spec, "out": (9, 8), **changes})
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_opencv_crops_the_same_boxes(channels):
+    """Of whole pixels it takes the same samples, but for those beyond the first and the last pixel of a box."""
+    pytest.importorskip("cv2")
+    p = drawn_for_opencv(channels)
+    p["boxes"] = np.rint(p["boxes"])
+    side = sides.OpenCV(1).side(p)
+    crops = side.array(side.steps["forward"]())
+    boxes = np.stack([p["boxes"][:, i] for i in range(4)], axis=1)
+    expected = cr.roi_align(p["input"], boxes, p["out"], 1.0, 1, True, batch_indices=p["batch_indices"])
+    assert crops.shape == expected.shape
+    np.testing.assert_allclose(crops[..., 2:-2, 2:-2], expected[..., 2:-2, 2:-2], atol=1e-4)
+    assert not side.compared
+
+
+def test_opencv_has_pixels_of_every_box():
+    """Also of those that rounding leaves without any, or at the image's end."""
+    pytest.importorskip("cv2")
+    p = drawn_for_opencv(side=(0.1, 0.1), K=3)
+    p["boxes"][0] = [49.6, 59.6, 49.9, 59.9]
+    side = sides.OpenCV(1).side(p)
+    last = p["input"][p["batch_indices"][0], :, 59, 49]
+    np.testing.assert_array_equal(
+        side.array(side.steps["forward"]())[0], np.broadcast_to(last[:, None, None], (3, 9, 8))
+    )
+
+
+def test_opencv_is_for_pictures_and_masks():
+    pytest.importorskip("cv2")
+    opencv = sides.OpenCV(1)
+    assert opencv.side(drawn_for_opencv()) is not None
+    assert opencv.side(drawn_for_opencv(channels=5)) is None
+    assert opencv.side(drawn_for_opencv(operator="crop_and_resize")) is None
 
 
 # ---- python -m benchmarks.overhead ----
