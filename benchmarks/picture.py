@@ -32,7 +32,7 @@ def _figure(report):
             dots = [(ratio, place) for place, ratio in enumerate(ratios) if ratio]
             axes.plot([x for x, _ in dots], [y for _, y in dots], "o", color=color, label=way)
         axes.axvline(1, color="black", linewidth=1)
-        axes.set(title=step, xscale="log", xlabel="times faster than the fastest peer (left of 1: slower)")
+        axes.set(title=step, xscale="log", xlabel="speedup over the fastest peer")
         axes.xaxis.set_major_formatter("{x:g}x")
         axes.grid(axis="x", color="#dddddd")
         axes.set_axisbelow(True)
