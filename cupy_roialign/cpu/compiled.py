@@ -127,13 +127,16 @@ def rows(rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int, sl
         np.empty(capacity, np.int64),
     )
     columns = [np.empty(capacity), *(np.empty((2, capacity)) if slopes else (_NONE, _NONE))]
-    frame, taps, border = int(rule.frame), int(rule.taps), int(rule.border)
-    spec = _Spec(frame, taps, border, rule.spatial_scale, rule.sampling_ratio, rule.aligned)
-    end = _loop("rows", low.dtype.char)(spec, low, high, bins, size, begin, extent, pixel, *columns)
+    end = _loop("rows", low.dtype.char)(_spec(rule), low, high, bins, size, begin, extent, pixel, *columns)
     return Rows(begin, extent, pixel[:end], *(column[:end].astype(dtype) for column in columns))
 
 
 _NONE = np.empty(0)
+
+
+def _spec(rule: Rule) -> _Spec:
+    frame, taps, border = int(rule.frame), int(rule.taps), int(rule.border)
+    return _Spec(frame, taps, border, rule.spatial_scale, rule.sampling_ratio, rule.aligned)
 
 
 # ---- the three functions ----
