@@ -3,12 +3,10 @@
 import numpy as np
 import pytest
 
-from cupy_roialign import arrays, geometry
-from cupy_roialign.geometry import Dialect, Part, Rule
+from cupy_roialign import arrays, geometry, rule
 from tests import oracle
 
 SIZE, BINS = 60, 5
-X1_Y1_X2_Y2 = (1, 0, 3, 2)
 
 
 def integer_edges(real):
@@ -18,9 +16,23 @@ def integer_edges(real):
     return low.astype(real), (low + rng.integers(1, 200, 300)).astype(real)
 
 
-def along_x(rule, low, high):
-    boxes = np.stack([low, 0 * low, high, 0 * low + 9], axis=1)
-    return geometry.inside_samples(rule, geometry.resolve(rule, boxes, (9, SIZE)).along(1), Part((range(BINS),)))
+def samples_inside(case, low, high):
+    """{(box, bin, number of a sample): (pixel, fraction)}, of all samples inside of an axis."""
+    real = low.dtype.type
+    start, step, samples = geometry.affine(case, low, high, BINS, SIZE, real)
+    samples = np.broadcast_to(samples, low.shape)
+    numbers = np.arange(samples.max())
+    k, p, i = (
+        a.ravel() for a in np.broadcast_arrays(*np.ix_(np.arange(len(low)), np.arange(BINS), numbers.astype(np.int64)))
+    )
+    there = i < samples[k]
+    k, p, i = k[there], p[there], i[there]
+    origin = geometry.origin(start[k], step[k], p, real)
+    position = geometry.position(case, origin, step[k], samples[k], i, real)
+    inside = geometry.inside(case, position, SIZE)
+    pixel, _, fraction = geometry.taps(case, position[inside], SIZE, real)
+    at = zip(k[inside].tolist(), p[inside].tolist(), i[inside].tolist(), strict=True)
+    return dict(zip(at, zip(pixel.tolist(), fraction.tolist(), strict=True), strict=True))
 
 
 @pytest.mark.parametrize("real", [np.float32, np.float64])
@@ -29,10 +41,7 @@ def along_x(rule, low, high):
 @pytest.mark.parametrize("scale", [0.1, 0.3, 1 / 3])
 def test_roi_align(scale, sampling_ratio, aligned, real):
     low, high = integer_edges(real)
-    rule = Rule(Dialect.ROI_ALIGN, (BINS, BINS), X1_Y1_X2_Y2, scale, sampling_ratio, aligned)
-    found = along_x(rule, low, high)
-    taps = zip(found.line * BINS + found.bin, found.number, found.low, found.fraction, strict=True)
-    actual = {(int(row), int(number)): (int(pixel), float(fraction)) for row, number, pixel, fraction in taps}
+    actual = samples_inside(rule.roi_align((BINS, BINS), scale, sampling_ratio, aligned), low, high)
     expected = {}
     for k in range(len(low)):
         table = oracle.positions("roi_align", low[k], high[k], SIZE, BINS, real, sampling_ratio, scale, aligned)
@@ -40,36 +49,37 @@ def test_roi_align(scale, sampling_ratio, aligned, real):
             for i, (position, _, _) in enumerate(samples):
                 if -1 <= position <= SIZE:
                     clamped = real(min(max(position, 0), SIZE - 1))
-                    expected[k * BINS + p, i] = (int(clamped), float(clamped - real(int(clamped))))
+                    expected[k, p, i] = (int(clamped), float(clamped - real(int(clamped))))
     assert actual == expected
+    assert len(actual) > 1000
 
 
 @pytest.mark.parametrize("real", [np.float32, np.float64])
 @pytest.mark.parametrize("op", ["crop_and_resize", "roi_crop_centers", "roi_crop_corners"])
 def test_crops(op, real):
     low, high = integer_edges(real)
+    bins = (BINS, BINS)
     if op == "crop_and_resize":
-        low, high = low / real(150), high / real(150)
-    rule = Rule(Dialect[op.upper()], (BINS, BINS), X1_Y1_X2_Y2)
-    found = along_x(rule, low, high)
-    actual = dict(
-        zip((found.line * BINS + found.bin).tolist(), (found.low.astype(real) + found.fraction).tolist(), strict=True)
-    )
+        low, high, case = low / real(150), high / real(150), rule.crop_and_resize(bins)
+    else:
+        case = rule.roi_crop(bins, op == "roi_crop_centers")
+    actual = samples_inside(case, low, high)
     expected = {}
     for k in range(len(low)):
         for p, ((position, _, _),) in enumerate(oracle.positions(op, low[k], high[k], SIZE, BINS, real)):
             if 0 <= position <= SIZE - 1:
-                base = real(min(int(position), SIZE - 2) if op != "crop_and_resize" else int(position))
-                expected[k * BINS + p] = float(base + (position - base))
+                pixel = int(position) if op == "crop_and_resize" else min(int(position), SIZE - 2)
+                expected[k, p, 0] = (pixel, float(position - real(pixel)))
     assert actual == expected
+    assert len(actual) > 300
 
 
 def test_nearest_rounds_the_position_itself():
     """0.49999997 + 0.5 is 1 in float32."""
-    rule = Rule(Dialect.CROP_AND_RESIZE, (1, 1), (0, 1, 2, 3), nearest=True)
+    case = rule.crop_and_resize((1, 1), nearest=True)
     below = np.nextafter(np.float32(0.5), np.float32(0))
     for position, pixel in ((below, 0), (np.float32(0.5), 1), (np.float32(1.5), 2), (np.float32(2.5), 3)):
-        low, high, fraction = geometry._taps(rule, np.array([position]), np.array([9]))
+        low, high, fraction = geometry.taps(case, np.array([position]), 9, np.float32)
         assert (low.item(), high.item(), fraction.item()) == (pixel, pixel, 0)
 
 
