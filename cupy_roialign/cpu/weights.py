@@ -143,7 +143,7 @@ class Job(NamedTuple):
         """Boxes whose rows fit into the workspace; a single one where they do not."""
         along = zip(self.low, self.high, self.rule.bins, self.shape[2:], strict=True)
         each, most, start = sum(entries(self.rule, *axis) for axis in along), WORKSPACE // _ENTRY, 0
-        if self.boxes * np.max(each, initial=0) <= most:
+        if isinstance(each, int) and each * self.boxes <= most:
             yield slice(0, self.boxes)
             return
         ends = np.cumsum(np.broadcast_to(each, self.boxes))
