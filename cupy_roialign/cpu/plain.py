@@ -51,13 +51,13 @@ def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
 
 
 def _add_crop(
-    job: Job, image: np.ndarray, of: tuple[Rows, Rows], j: int, crop: np.ndarray, leveled: Any = None
+    job: Job, image: np.ndarray, of: tuple[Rows, Rows], j: int, crop: np.ndarray, leveled: bool = False
 ) -> None:
     """Of box `j` of a group; less a level where weights are changes of weights."""
-    level = _level(job, image, *of, j) if leveled or job.directions else 0
+    level = _level(job, image, *of, j) if leveled or job.directions else None
     for y, x, at in _parts(job, *of, j):
-        window = image[at].astype(job.dtype, order="K", copy=False) - level
-        crop[:, y.bins, x.bins] += _between(y.weights, window, x.weights)
+        window = image[at].astype(job.dtype, order="K", copy=False)
+        crop[:, y.bins, x.bins] += _between(y.weights, window if level is None else window - level, x.weights)
 
 
 def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
@@ -134,18 +134,22 @@ def _matrices(of: Rows, j: int, bins: int) -> Iterator[_Matrix]:
 
 
 def _between(left: np.ndarray, planes: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """`left @ plane @ right.T` for each of (C, h, w) planes, some at a time."""
+    """`left @ plane @ right.T` for each of (C, h, w) planes, in their memory order; some at a time."""
     (p, h), (q, w), channels = left.shape, right.shape, len(planes)
-    result = np.empty((channels, p, q), planes.dtype)
-    step = VECTOR // (max(h, p) * w) if 1 in (p, q) else PRODUCT // (max(h, q) * p * w)
-    for c in range(0, channels, max(1, step)):
-        some = planes[c : c + max(1, step)]
-        if abs(planes.strides[0]) < abs(planes.strides[2]):  # pixels with their channels
-            pixels = (left @ some.transpose(1, 2, 0).reshape(h, -1)).reshape(p, w, -1)
-            result[c : c + len(some)] = (right @ pixels).transpose(2, 0, 1)
+    step = max(1, VECTOR // (max(h, p) * w) if 1 in (p, q) else PRODUCT // (max(h, q) * p * w))
+    last = abs(planes.strides[0]) < abs(planes.strides[2])  # pixels with their channels
+    result = (
+        np.empty((p, q, channels), planes.dtype).transpose(2, 0, 1)
+        if last
+        else np.empty((channels, p, q), planes.dtype)
+    )
+    for some in (slice(c, c + step) for c in range(0, channels, step)):
+        if last:
+            pixels = (left @ planes[some].transpose(1, 2, 0).reshape(h, -1)).reshape(p, w, -1)
+            result[some] = (right @ pixels).transpose(2, 0, 1)
         else:
-            lines = (left @ some.transpose(1, 0, 2).reshape(h, -1)).reshape(-1, w)
-            result[c : c + len(some)] = (lines @ right.T).reshape(p, -1, q).transpose(1, 0, 2)
+            lines = (left @ planes[some].transpose(1, 0, 2).reshape(h, -1)).reshape(-1, w)
+            result[some] = (lines @ right.T).reshape(p, -1, q).transpose(1, 0, 2)
     return result
 
 
