@@ -46,7 +46,7 @@ def way(name):
         from cupy_roialign.cpu import compiled as module
     else:
         module = plain
-    return unittest.mock.patch.object(backend, "_way", lambda: module)
+    return unittest.mock.patch.object(backend, "_way", return_value=module)
 
 
 class ElsewhereBackend:
