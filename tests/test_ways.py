@@ -160,7 +160,7 @@ def test_rows_are_the_same_to_the_bit():
 def cache(tmp_path, monkeypatch):
     """An empty cache of machine code, and nothing in memory."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(compiled, "_loop", compiled._loop.__wrapped__)
+    monkeypatch.setattr(compiled, "_made", {})
     return tmp_path
 
 
@@ -364,9 +364,11 @@ def test_machine_code_is_kept_and_follows_its_sources(cache, monkeypatch):
     (first,) = cache.iterdir()
     kept = sorted(path.name for path in first.rglob("*.nbc"))
     assert kept
+    compiled._made.clear()
     again = compiled._loop("rows", "f")
     assert again.stats.cache_hits == {again.signatures[0]: 1}
     monkeypatch.setattr(geometry, "__file__", rule.__file__)  # as if geometry.py were another
+    compiled._made.clear()
     other = compiled._loop("rows", "f")
     assert len(list(cache.iterdir())) == 2
     assert not other.stats.cache_hits

@@ -8,7 +8,6 @@ integers, other strides and, since single channels of a pixel are slow, planes o
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 import math
@@ -54,11 +53,7 @@ class _Spec(NamedTuple):
 def _signature(name: str, dtype: str) -> tuple[Any, ...]:
     """The types of a loop's arguments, whose features are of `dtype`; or positions, for rows."""
     f, i, array = numba.from_dtype(np.dtype(dtype)), numba.int64, numba.types.Array
-    indices, edges, found = (
-        array(i, 1, "C", readonly=True),
-        array(f, 1, "C", readonly=True),
-        array(numba.float64, 1, "C"),
-    )
+    indices, edges = array(i, 1, "C", readonly=True), array(f, 1, "C", readonly=True)
     if name == "rows":
         spec, found = numba.typeof(_Spec(0, 0, 0, 1.0, 1, True)), array(numba.float64, 1, "C")
         return spec, edges, edges, i, i, array(i, 1, "C"), array(i, 2, "C"), array(i, 1, "C"), found, found, found
@@ -75,24 +70,33 @@ def _signature(name: str, dtype: str) -> tuple[Any, ...]:
 
 NAMES = ("rows", "crops", "spread", "products")
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 
 
-@functools.cache
 def _loop(name: str, dtype: str) -> Any:
-    """A loop as machine code, from the cache on disk if it is there. The dtype is f or d."""
+    """A loop as machine code. The dtype is f or d."""
+    return _made.get((name, dtype)) or _make(name, dtype)
+
+
+_made: dict[tuple[str, str], Any] = {}
+
+
+def _make(name: str, dtype: str) -> Any:
+    """Compiles a loop, or loads it from the cache on disk; once, whichever thread asks first."""
     source = getattr(loops, name)
     options = {key: source.targetoptions[key] for key in ("nogil", "error_model")}
     signature = _signature(name, dtype)
-    with _lock, _cache_folder() as folder:
-        if folder is not None:
-            with contextlib.suppress(OSError, RuntimeError):  # a folder that cannot be written to
-                return numba.njit(signature, cache=True, **options)(source.py_func)
-        return numba.njit(signature, **options)(source.py_func)
+    with _lock, _cache_folder():
+        if (name, dtype) not in _made:
+            try:
+                _made[name, dtype] = numba.njit(signature, cache=True, **options)(source.py_func)
+            except (OSError, RuntimeError):  # a folder that cannot be written to
+                _made[name, dtype] = numba.njit(signature, **options)(source.py_func)
+        return _made[name, dtype]
 
 
 @contextlib.contextmanager
-def _cache_folder() -> Iterator[str | None]:
+def _cache_folder() -> Iterator[None]:
     """Numba's cache, in a folder of these very sources.
 
     By itself Numba looks whether the file of a function has changed, but not those of functions that it calls.
@@ -104,7 +108,7 @@ def _cache_folder() -> Iterator[str | None]:
     base = before or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cupy_roialign")
     _config.CACHE_DIR = os.path.join(base, digest.hexdigest()[:16])
     try:
-        yield _config.CACHE_DIR
+        yield
     finally:
         _config.CACHE_DIR = before
 
