@@ -115,22 +115,21 @@ def _matrices(of: Rows, j: int, bins: int) -> Iterator[_Matrix]:
     """Of box `j` of a group."""
     for first in range(0, bins, BINS):
         begin = of.begin[j * bins + first : j * bins + min(first + BINS, bins) + 1]
-        count, pixel, value = len(begin) - 1, of.pixel[begin[0] : begin[-1]], of.value[begin[0] : begin[-1]]
-        if not len(pixel):
-            continue
-        bin_, low = np.repeat(np.arange(count), np.diff(begin)), pixel.min()
-        seen = np.zeros(pixel.max() + 1 - low, bool)
-        seen[pixel - low] = True
-        touched = np.flatnonzero(seen) + low
-        for start in range(0, len(touched), PIXELS):
-            pixels: Any = touched[start : start + PIXELS]
-            dense = pixels[-1] - pixels[0] + 1 == len(pixels)
-            place = pixel - pixels[0] if dense else np.searchsorted(pixels, pixel)
-            here = slice(None) if len(touched) <= PIXELS else (pixel >= pixels[0]) & (pixel <= pixels[-1])
+        entries, count = slice(begin[0], begin[-1]), len(begin) - 1
+        order = np.argsort(of.pixel[entries], kind="stable")
+        pixel, value = of.pixel[entries][order], of.value[entries][order]
+        bin_ = np.repeat(np.arange(count), np.diff(begin))[order]
+        place = np.cumsum(np.diff(pixel, prepend=pixel[:1]) != 0)  # of each entry among the pixels that are touched
+        ends: Any = np.searchsorted(place, np.arange(0, place[-1] + 1 + PIXELS, PIXELS)) if len(place) else []
+        for some in itertools.starmap(slice, itertools.pairwise(ends)):
+            columns = place[some] - place[some][0]
+            pixels: Any = np.empty(columns[-1] + 1, np.int64)
+            pixels[columns] = pixel[some]
             weights = np.zeros((count, len(pixels)), value.dtype)
-            weights[bin_[here], place[here]] = value[here]
-            bins_of = slice(first, first + count)
-            yield _Matrix(bins_of, slice(pixels[0], pixels[-1] + 1) if dense else pixels, weights)
+            weights[bin_[some], columns] = value[some]
+            if pixels[-1] - pixels[0] + 1 == len(pixels):
+                pixels = slice(pixels[0], pixels[-1] + 1)
+            yield _Matrix(slice(first, first + count), pixels, weights)
 
 
 def _between(left: np.ndarray, planes: np.ndarray, right: np.ndarray) -> np.ndarray:
