@@ -106,8 +106,7 @@ def _parts(job: Job, of_y: Rows, of_x: Rows, j: int) -> Iterator[tuple[_Matrix, 
     for y, x in itertools.product(_matrices(of_y, j, job.rule.bins[0]), along_x):
         at = (slice(None), y.pixels, x.pixels)
         if not (isinstance(y.pixels, slice) and isinstance(x.pixels, slice)):
-            every = [np.arange(n)[along.pixels] for n, along in zip(job.shape[2:], (y, x), strict=True)]
-            at = (slice(None), every[0][:, None], every[1])
+            at = (slice(None), np.r_[y.pixels][:, None], np.r_[x.pixels])
         yield y, x, at
 
 
@@ -122,13 +121,18 @@ def _matrices(of: Rows, j: int, bins: int) -> Iterator[_Matrix]:
         seen = np.zeros(pixel.max() + 1 - low, bool)
         seen[pixel - low] = True
         touched = np.flatnonzero(seen) + low
+        if len(touched) > PIXELS:  # in order, so that the entries of a part are side by side
+            order = np.argsort(pixel, kind="stable")
+            bin_, pixel, value = bin_[order], pixel[order], value[order]
         for start in range(0, len(touched), PIXELS):
             pixels: Any = touched[start : start + PIXELS]
             dense = pixels[-1] - pixels[0] + 1 == len(pixels)
-            place = pixel - pixels[0] if dense else np.searchsorted(pixels, pixel)
-            here = slice(None) if len(touched) <= PIXELS else (pixel >= pixels[0]) & (pixel <= pixels[-1])
+            here = slice(None)
+            if len(touched) > PIXELS:
+                here = slice(*np.searchsorted(pixel, (pixels[0], pixels[-1] + 1)))
+            place = pixel[here] - pixels[0] if dense else np.searchsorted(pixels, pixel[here])
             weights = np.zeros((count, len(pixels)), value.dtype)
-            weights[bin_[here], place[here]] = value[here]
+            weights[bin_[here], place] = value[here]
             bins_of = slice(first, first + count)
             yield _Matrix(bins_of, slice(pixels[0], pixels[-1] + 1) if dense else pixels, weights)
 
