@@ -205,6 +205,36 @@ def test_bits_do_not_depend_on_the_number_of_threads(channels, order, way, monke
         cr.set_num_threads(None)
 
 
+def test_threads_do_not_add_to_the_same_pixels(monkeypatch):
+    """Boxes whose windows are brought over with other numbers of channels, on one image."""
+    monkeypatch.setattr(threads, "WORTH_IT", 0)
+    monkeypatch.setattr(weights, "WORKSPACE", 60 * 60 * 4 * 12)
+    rng = np.random.default_rng(0)
+    boxes = np.array([[j % 9, j % 9, 20 + j % 9, 20 + j % 9] for j in range(30)], np.float32)
+    boxes[::6] = 0, 0, 119, 119
+    grad, features = rng.standard_normal((30, 16, 60, 60), dtype=np.float32), np.zeros((1, 16, 120, 120), np.float32)
+    arguments = (grad, features, boxes, np.zeros(30, np.int64), rule.roi_align((60, 60), 1.0, 0, True))
+    try:
+        with backends.way("compiled"):
+            cr.set_num_threads(1)
+            expected = backend.feature_gradient(*arguments)
+            cr.set_num_threads(4)
+            for _ in range(5):
+                np.testing.assert_array_equal(backend.feature_gradient(*arguments), expected)
+    finally:
+        cr.set_num_threads(None)
+
+
+def test_a_pixel_that_only_a_slope_reads_spreads_along_no_other_axis(way):
+    """Its weight is 0, and 0 times NaN is NaN."""
+    features = np.array([[[[1, 2, np.nan], [3, 5, np.nan]]]], np.float32)
+    box, at, case = np.array([[1, 0.25, 1, 0.25]], np.float32), np.zeros(1, np.int64), rule.roi_crop((1, 1), False)
+    gradient = backend.box_gradient(np.ones((1, 1, 1, 1), np.float32), features, box, at, case)
+    np.testing.assert_array_equal(gradient, [[np.nan, 1.5, np.nan, 1.5]])
+    along_y = np.array([[0.0, 1, 0, 1]])
+    assert backend.forward(features, box, at, case, [along_y]).item() == 3
+
+
 @pytest.mark.parametrize("value", [1e4, -1e9, 3e38, np.nan])
 def test_a_pixel_leaves_the_gradients_of_boxes_alone_that_do_not_touch_it(value, way):
     features, boxes, indices, grad, case = crowd()
@@ -378,7 +408,9 @@ def test_machine_code_is_kept_and_follows_its_sources(cache, monkeypatch):
 def test_a_folder_that_cannot_be_written_to_is_done_without(cache, monkeypatch):
     (cache / "file").write_text("")
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(cache / "file" / "below"))
-    assert compiled._loop("rows", "f").signatures
+    loop = compiled._loop("rows", "f")
+    assert loop.signatures
+    assert not loop.stats.cache_path  # nor in a folder of Numba's own, which does not follow geometry.py
 
 
 def test_compile_ahead():

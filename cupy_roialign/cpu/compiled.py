@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import math
 import os
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,29 +87,32 @@ def _make(name: str, dtype: str) -> Any:
     source = getattr(loops, name)
     options = {key: source.targetoptions[key] for key in ("nogil", "error_model")}
     signature = _signature(name, dtype)
-    with _lock, _cache_folder():
+    with _lock, _cache_folder(dtype) as folder:
         if (name, dtype) not in _made:
-            try:
+            try:  # Numba would take another folder, that knows of changes to loops.py alone
+                os.makedirs(folder, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
                 _made[name, dtype] = numba.njit(signature, cache=True, **options)(source.py_func)
-            except (OSError, RuntimeError):  # a folder that cannot be written to
+            except (OSError, RuntimeError):  # one that cannot be written to
                 _made[name, dtype] = numba.njit(signature, **options)(source.py_func)
         return _made[name, dtype]
 
 
 @contextlib.contextmanager
-def _cache_folder() -> Iterator[None]:
+def _cache_folder(dtype: str) -> Iterator[str]:
     """Numba's cache, in a folder of these very sources.
 
-    By itself Numba looks whether the file of a function has changed, but not those of functions that it calls.
+    By itself Numba looks whether the file of a function has changed, but not those of functions that it calls. And two
+    processes that compile one function for two dtypes at the same time would spoil each other's entries.
     """
     digest = hashlib.sha256()
     for module in (geometry, rules, loops):
         digest.update(Path(str(module.__file__)).read_bytes())
     before = _config.CACHE_DIR
     base = before or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cupy_roialign")
-    _config.CACHE_DIR = os.path.join(base, digest.hexdigest()[:16])
+    _config.CACHE_DIR = os.path.join(base, digest.hexdigest()[:16], dtype)
     try:
-        yield
+        yield _config.CACHE_DIR
     finally:
         _config.CACHE_DIR = before
 
@@ -292,7 +296,7 @@ class _Part(NamedTuple):
             if lines and lines.planes == planes:
                 return lines.lines[first * planes : (first + len(boxes)) * planes]
             if planes > 1:
-                return np.ascontiguousarray(array[taken], dtype).reshape(-1, *bins)
+                return np.require(array[taken], dtype, ["C", "A"]).reshape(-1, *bins)
         pixels = np.empty((len(boxes), *bins, self.channels.stop - self.channels.start), dtype)
         if not write:
             np.copyto(pixels.transpose(0, 3, 1, 2), array[taken, self.channels], casting="unsafe")
@@ -351,7 +355,9 @@ def _parts(
 
     def add(image: int, boxes: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
         (y0, x0), (y1, x1) = low.tolist(), high.tolist()
-        block = max(1, min(BLOCK, channels, weights.WORKSPACE // ((y1 - y0) * (x1 - x0) * size)))
+        block = min(BLOCK, channels)
+        if not bands:  # parts that add to the same pixels must agree on the channels
+            block = max(1, min(block, weights.WORKSPACE // ((y1 - y0) * (x1 - x0) * size)))
         step = max(1, weights.WORKSPACE // ((x1 - x0) * block * size))
         for c in range(0, channels, block):
             where = range(y0, y1, step), slice(x0, x1), slice(c, min(c + block, channels))

@@ -106,8 +106,7 @@ def _parts(job: Job, of_y: Rows, of_x: Rows, j: int) -> Iterator[tuple[_Matrix, 
     for y, x in itertools.product(_matrices(of_y, j, job.rule.bins[0]), along_x):
         at = (slice(None), y.pixels, x.pixels)
         if not (isinstance(y.pixels, slice) and isinstance(x.pixels, slice)):
-            every = [np.arange(n)[along.pixels] for n, along in zip(job.shape[2:], (y, x), strict=True)]
-            at = (slice(None), every[0][:, None], every[1])
+            at = (slice(None), np.r_[y.pixels][:, None], np.r_[x.pixels])
         yield y, x, at
 
 

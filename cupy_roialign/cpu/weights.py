@@ -19,7 +19,7 @@ from cupy_roialign.rule import Rule, terms
 WORKSPACE = 32 * 2**20
 """Bytes that a copy of a part of the features may take, and about as many the weights of the boxes at work."""
 
-SAMPLES = 2**16
+SAMPLES = 2**14
 """Samples that NumPy works out at a time."""
 
 _ENTRY = 48  # bytes of an entry of `Rows`, and of what it is made from
@@ -46,6 +46,15 @@ class Rows(NamedTuple):
         begin = np.concatenate([[0], np.cumsum(kept)])[self.begin]
         value = value[kept].astype(self.value.dtype)
         return Rows(begin, self.extent, self.pixel[kept], value, np.zeros_like(value), np.zeros_like(value))
+
+    def weighty(self) -> Rows:
+        """Without the entries that only the slopes have: 0 times a pixel that is NaN is NaN."""
+        if self.value.all():
+            return self
+        kept = self.value != 0
+        begin = np.concatenate([[0], np.cumsum(kept)])[self.begin]
+        slopes = (column[kept] if len(column) else column for column in self[4:])
+        return Rows(begin, self.extent, self.pixel[kept], self.value[kept], *slopes)
 
 
 Build = Callable[[Rule, np.ndarray, np.ndarray, int, int, bool, np.dtype], Rows]
@@ -89,8 +98,8 @@ class Job(NamedTuple):
 
     def changed(self, of: tuple[Rows, Rows], axis: int, slope: int) -> tuple[Rows, Rows]:
         """Rows of y and x where those of an axis follow the box's start (0) or step (1)."""
-        rows = of[axis]._replace(value=of[axis][4 + slope])
-        return (rows, of[1]) if axis == 0 else (of[0], rows)
+        rows = of[axis]._replace(value=of[axis][4 + slope]).weighty()
+        return (rows, of[1].weighty()) if axis == 0 else (of[0].weighty(), rows)
 
     def sampled(self) -> list[np.ndarray]:
         """(K, bins) bool along y and x: whether a bin has a sample inside; of operators with one sample per bin."""
@@ -113,16 +122,11 @@ class Job(NamedTuple):
                 for low, high, bins, size in zip(self.low, self.high, self.rule.bins, self.shape[2:], strict=True)
             ]
             changed = [self._along(plain, direction, some) for direction in self.directions]
-            yield (
-                some,
-                [
-                    (
-                        plain[0] if of_y is None else changed[of_y][0],
-                        plain[1] if of_x is None else changed[of_x][1],
-                    )
-                    for of_y, of_x in terms(len(self.directions))
-                ],
-            )
+            fixed = plain if slopes else [along.weighty() for along in plain]
+            taken = terms(len(self.directions))
+            y = [fixed[0] if of_y is None else changed[of_y][0] for of_y, _ in taken]
+            x = [fixed[1] if of_x is None else changed[of_x][1] for _, of_x in taken]
+            yield some, list(zip(y, x, strict=True))
 
     def _along(self, rows: list[Rows], direction: np.ndarray, some: slice) -> list[Rows]:
         edges = _edges(self.rule, direction[some].astype(np.float64))
