@@ -85,7 +85,9 @@ def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray)
     for j, k, terms in _boxes(job, slopes=True):
         image, crop = features[job.images[k]], np.empty(grad.shape[1:], job.dtype)
         for of, axes in zip(terms, job.free_axes(), strict=True):
-            touched = np.outer(*(np.diff(a.begin)[j * n : (j + 1) * n] for a, n in zip(of, job.rule.bins, strict=True)))
+            touched = np.outer(
+                *(np.diff(a.begin[j * n : (j + 1) * n + 1]) > 0 for a, n in zip(of, job.rule.bins, strict=True))
+            )
             grads = np.where(touched, grad[k], 0).astype(job.dtype, copy=False)
             for axis, s in itertools.product(axes, (0, 1)):
                 crop[...] = 0

@@ -188,7 +188,8 @@ def rows(rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int, sl
         number = np.arange(len(of)) - np.repeat(np.cumsum(tried) - tried - first[some], tried)
         position = geometry.position(rule, origin[of], step[of], samples[of], number, real)
         inside = geometry.inside(rule, position, size)
-        parts.append(_merged(rule, of[inside], p, samples, number[inside], position[inside], size, slopes, real))
+        of, number, position = of[inside], number[inside], position[inside]
+        parts.append(_merged(rule, of, p, samples, number, position, size, slopes, real))
         row = end
     key, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
     begin, pixel = np.searchsorted(key, np.arange(len(p) + 1) * size), key % size
@@ -212,14 +213,17 @@ def _merged(
 ) -> tuple[np.ndarray, ...]:
     """Samples of some rows as entries: row*size + pixel, in order, and what each weighs; summed in sample order."""
     low, high, fraction = geometry.taps(rule, position, size, real)
-    share, fraction = 1.0 / samples[row], fraction.astype(np.float64)
     key, place = np.unique(np.stack([row * size + low, row * size + high], axis=1), return_inverse=True)
-    weights = [np.stack([(1 - fraction) * share, fraction * share], axis=1)]
+    share, fraction = 1.0 / samples[row], fraction.astype(np.float64)
+
+    def total(of_low: np.ndarray, of_high: np.ndarray) -> np.ndarray:
+        return np.bincount(place.ravel(), np.stack([of_low, of_high], axis=1).ravel(), len(key))
+
+    columns = [total((1 - fraction) * share, fraction * share)]
     if slopes:
         change = np.where(high > low, share, 0.0)
-        for slope in (change, change * geometry.lever(rule, p[row], samples[row], number)):
-            weights.append(np.stack([-slope, slope], axis=1))
-    columns = [np.bincount(place.ravel(), weight.ravel(), len(key)) for weight in weights]
+        lever = geometry.lever(rule, p[row], samples[row], number)
+        columns += [total(-slope, slope) for slope in (change, change * lever)]
     kept = functools.reduce(np.logical_or, [column != 0 for column in columns])
     empty: list[np.ndarray] = [np.zeros(0)] * (3 - len(columns))
     return key[kept], *(column[kept] for column in columns), *empty
