@@ -20,6 +20,9 @@ except ImportError:  # NumPy has none of its own, and a machine with a GPU need 
 class NumpyBackend:
     """Calls with NumPy arrays in and out, one of the two ways of the CPU; a test for this runs on any backend."""
 
+    orders = ("channels-last", "transposed", "negative", "sliced", "swapped", "unaligned", "read-only")
+    """Of tests.test_oracle.ORDERS those that reach the operators as they are, and differ from the contiguous order."""
+
     def __init__(self, name):
         self.name = name
         if name == "compiled":
@@ -65,6 +68,7 @@ class TorchBackend(ElsewhereBackend):
     """The same through tensors and autograd. Integer features have no gradient in autograd: None."""
 
     name = "torch"
+    orders = ("channels-last", "transposed", "sliced", "unaligned")
 
     def __init__(self):
         self.torch = pytest.importorskip("torch")
@@ -108,6 +112,7 @@ class CupyBackend(ElsewhereBackend):
     """CuPy arrays on a GPU."""
 
     name = "cupy"
+    orders = ("channels-last", "transposed", "negative", "sliced")
 
     def __init__(self, cupy):
         self.cupy = cupy
@@ -166,6 +171,7 @@ class CudaTorchBackend(TorchBackend):
     """Tensors on a GPU, with the strides that they have on the CPU."""
 
     name = "torch on a GPU"
+    orders = ("channels-last", "transposed", "sliced")
 
     def tensor(self, array):
         tensor = super().tensor(array)

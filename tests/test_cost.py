@@ -204,6 +204,15 @@ def test_memory_follows_the_samples_of_a_large_box(way):
     assert peak(functions["box gradient"]) < 4 * MIB
 
 
+def test_memory_of_many_boxes(way, monkeypatch):
+    """The weights of all 500 boxes would be 14 MB."""
+    monkeypatch.setattr(weights, "WORKSPACE", MIB // 4)
+    features = np.ones((1, 1, 300, 300), np.uint8)
+    boxes = np.tile(np.array([[0, 0, 300, 300]], np.float32), (500, 1))
+    for call, function in calls(features, boxes, rule.roi_align((2, 2)), np.ones((500, 1, 2, 2), np.float32)).items():
+        assert peak(function) < 2 * MIB, call
+
+
 def test_memory_of_many_samples_a_bin(way, monkeypatch):
     """What `sampling_ratio` asks for is worked off a few boxes at a time."""
     monkeypatch.setattr(weights, "WORKSPACE", MIB)
