@@ -30,7 +30,7 @@ def test_demo(tmp_path):
 
 def make(*arguments):
     """The commands that make would run."""
-    command = ["make", "--dry-run", "--always-make", *arguments]
+    command = ["make", "--no-print-directory", "--dry-run", "--always-make", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
