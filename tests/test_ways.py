@@ -103,7 +103,7 @@ register_jitable(geometry.edge_slopes)
 @loops.loop
 def twin(spec, low, high, bins, size, found):
     """What `positions.expected_positions` gives of one axis, box by box."""
-    real = loops.type_of(low[0])
+    real = loops.type_of(low)
     for k in range(len(low)):
         start, step, samples = geometry.affine(spec, low[k], high[k], bins, size, real)
         origin = geometry.origin(start, step, k % bins, real)
@@ -135,22 +135,22 @@ def test_positions_are_the_same_to_the_bit(real, size):
 
 def test_rows_are_the_same_to_the_bit():
     rng = np.random.default_rng(3)
-    low = rng.uniform(-20, 60, 500)
-    high = low + rng.choice([-1, 1], 500) * np.exp(rng.uniform(-3, 12, 500))
+    low = rng.uniform(-20, 60, (2, 500))
+    high = low + rng.choice([-1, 1], low.shape) * np.exp(rng.uniform(-3, 12, low.shape))
     for case, real in itertools.product(CASES.values(), (np.float32, np.float64)):
         unit = 40 if case.frame == rule.Frame.NORMALIZED else 1
         edges = (low / unit).astype(real), (high / unit).astype(real)
         for slopes in (False, True):
-            arguments = (case, *edges, case.bins[0], 41, slopes, np.dtype(np.float64))
+            arguments = (case, *edges, (41, 23), slopes, np.dtype(np.float64))
             with np.errstate(all="ignore"):
                 expected, actual = weights.rows(*arguments), compiled.rows(*arguments)
             np.testing.assert_array_equal(actual.begin, expected.begin)
             np.testing.assert_array_equal(actual.extent, expected.extent)
-            row = np.repeat(np.arange(len(expected.begin) - 1), np.diff(expected.begin))
-            order = np.argsort(row * 41 + actual.pixel)  # within a bin in the order in which the box goes
-            np.testing.assert_array_equal(actual.pixel[order], expected.pixel)
-            for name in ("value", "to_start", "to_step")[: 3 if slopes else 1]:
-                np.testing.assert_array_equal(getattr(actual, name)[order], getattr(expected, name))
+            assert actual.most == expected.most
+            row, pixel = np.repeat(np.arange(len(expected.begin) - 1), np.diff(expected.begin)), actual.pixel
+            order = np.argsort(row * 41 + pixel[: len(row)])  # within a bin in the order in which the box goes
+            np.testing.assert_array_equal(pixel[order], expected.pixel)
+            np.testing.assert_array_equal(actual.values[:, order], expected.values)
 
 
 # ---- what a box's result depends on ----
@@ -316,6 +316,7 @@ def test_a_line_is_read_whole_or_pixel_by_pixel(channels, monkeypatch, cache):
     results = []
     for far in (0, 10**6):  # never whole, and always
         monkeypatch.setattr(loops, "FAR", far)
+        monkeypatch.setattr(compiled, "_made", {})
         with backends.way("compiled"):
             results.append([backend.forward(features, boxes, at, case)])
             results[-1] += [

@@ -14,7 +14,7 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +24,10 @@ import numpy as np
 from cupy_roialign import geometry
 from cupy_roialign import rule as rules
 from cupy_roialign.cpu import loops, threads, weights
-from cupy_roialign.cpu.weights import Job, Rows
+from cupy_roialign.cpu.weights import Job, Rows, Term
 from cupy_roialign.rule import Rule
 
-BLOCK = loops.GROUP
+BLOCK = 16
 """Channels that are brought over at a time, so that a pixel of them is a cache line of float32."""
 
 BATCH = 2**18
@@ -51,51 +51,52 @@ class _Spec(NamedTuple):
 # ---- machine code ----
 
 
-def _signature(name: str, dtype: str) -> tuple[Any, ...]:
+def _signature(name: str, dtype: str, few: bool) -> tuple[Any, ...]:
     """The types of a loop's arguments, whose features are of `dtype`; or positions, for rows."""
     f, i, array = numba.from_dtype(np.dtype(dtype)), numba.int64, numba.types.Array
-    indices, edges = array(i, 1, "C", readonly=True), array(f, 1, "C", readonly=True)
+    pair, out = numba.types.UniTuple(i, 2), array(f, 1, "C")
+    integers, numbers, planes = (array(t, n, "C", readonly=True) for t, n in ((i, 1), (f, 1), (f, 2)))
     if name == "rows":
-        spec, found = numba.typeof(_Spec(0, 0, 0, 1.0, 1, True)), array(numba.float64, 1, "C")
-        return spec, edges, edges, i, i, array(i, 1, "C"), array(i, 2, "C"), array(i, 1, "C"), found, found, found
-    read, written = array(f, 3, "C", readonly=True), array(f, 3, "C")
-    along = numba.types.Tuple((indices, array(i, 2, "C", readonly=True), indices, edges))
-    at = (*[i] * 6, indices, indices, along, i, along, i, array(numba.uint32, 2, "C"), array(f, 2, "C"))
+        edges, found = array(f, 2, "A", readonly=True), array(numba.float64, 2, "C")
+        rule = numba.typeof(_Spec(0, 0, 0, 1.0, 1, True))
+        return rule, edges, edges, pair, pair, array(i, 1, "C"), array(i, 3, "C"), array(i, 1, "C"), found, found
+    of = integers, array(i, 3, "C", readonly=True), integers, numbers, numbers, pair
+    scratch = array(numba.uint32, 2, "C"), array(numba.uint64, 2, "C"), array(f, 2, "C")
+    common = numba.types.UniTuple(i, 8), integers, integers, *of, *scratch, numba.boolean if few else numba.none
     if name == "crops":
-        return read, *at, i, array(f, 2, "C"), numba.boolean, written
+        return numbers, *common, numba.boolean, out
     if name == "spread":
-        return written, *at, read
-    sums = array(numba.float64, 1, "C"), i, array(numba.float64, 2, "C")
-    return read, read, i, i, indices, indices, i, indices, i, *sums  # products
+        return out, *common, numbers
+    return numbers, *common, planes, planes, numbers, *[array(numba.float64, 2, "C")] * 2  # slopes
 
 
-NAMES = ("rows", "crops", "spread", "products")
+NAMES = (("rows", False), *itertools.product(("crops", "spread", "slopes"), (False, True)))
 
 _lock = threading.RLock()
 
 
-def _loop(name: str, dtype: str) -> Any:
-    """A loop as machine code. The dtype is f or d."""
-    return _made.get((name, dtype)) or _make(name, dtype)
+def _loop(name: str, dtype: str, few: bool = False) -> Any:
+    """A loop as machine code. The dtype is f or d. `few`: for few channels, that is less than loops.LANES."""
+    return _made.get((name, dtype, few)) or _make(name, dtype, few)
 
 
-_made: dict[tuple[str, str], Any] = {}
+_made: dict[tuple[str, str, bool], Any] = {}
 
 
-def _make(name: str, dtype: str) -> Any:
+def _make(name: str, dtype: str, few: bool) -> Any:
     """Compiles a loop, or loads it from the cache on disk; once, whichever thread asks first."""
     source = getattr(loops, name)
     options = {key: source.targetoptions[key] for key in ("nogil", "error_model")}
-    signature = _signature(name, dtype)
+    signature = _signature(name, dtype, few)
     with _lock, _cache_folder(dtype) as folder:
-        if (name, dtype) not in _made:
+        if (name, dtype, few) not in _made:
             try:  # Numba would take another folder, that knows of changes to loops.py alone
                 os.makedirs(folder, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
-                _made[name, dtype] = numba.njit(signature, cache=True, **options)(source.py_func)
+                _made[name, dtype, few] = numba.njit(signature, cache=True, **options)(source.py_func)
             except (OSError, RuntimeError):  # one that cannot be written to
-                _made[name, dtype] = numba.njit(signature, **options)(source.py_func)
-        return _made[name, dtype]
+                _made[name, dtype, few] = numba.njit(signature, **options)(source.py_func)
+        return _made[name, dtype, few]
 
 
 @contextlib.contextmanager
@@ -118,28 +119,31 @@ def _cache_folder(dtype: str) -> Iterator[str]:
 
 
 def compile_all() -> None:
-    for name, dtype in itertools.product(NAMES, "fd"):
-        _loop(name, dtype)
+    for (name, few), dtype in itertools.product(NAMES, "fd"):
+        _loop(name, dtype, few)
 
 
 # ---- rows ----
 
 
-def rows(rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int, slopes: bool, dtype: np.dtype) -> Rows:
-    """`Rows`, the same as those of weights.py."""
-    each = weights.entries(rule, low, high, bins, size)
-    capacity = each * len(low) if isinstance(each, int) else int(each.sum())
-    begin, extent, pixel = (
-        np.empty(len(low) * bins + 1, np.int64),
-        np.empty((2, len(low)), np.int64),
-        np.empty(capacity, np.int64),
+def rows(
+    rule: Rule, low: np.ndarray, high: np.ndarray, sizes: Sequence[int], slopes: bool, dtype: np.dtype
+) -> Rows:
+    """`Rows`, the same as those of weights.py; there may be room behind the entries."""
+    (y, x), count, bins = weights.most_entries(rule, low, high, sizes), low.shape[1], rule.bins
+    room, most = (
+        (count * (bins[0] * y + bins[1] * x), max(y, x))
+        if rule.sampling_ratio
+        else (int((bins[0] * y + bins[1] * x).sum()), int(max(y.max(), x.max())))
     )
-    columns = [np.empty(capacity), *(np.empty((2, capacity)) if slopes else (_NONE, _NONE))]
-    end = _loop("rows", low.dtype.char)(_spec(rule), low, high, bins, size, begin, extent, pixel, *columns)
-    return Rows(begin, extent, pixel[:end], *(column[:end].astype(dtype) for column in columns))
-
-
-_NONE = np.empty(0)
+    found = (
+        np.empty(count * (bins[0] + bins[1]) + 1, np.int64),
+        np.empty((2, 2, count), np.int64),
+        np.empty(room, np.int64),
+        np.empty((3 if slopes else 1, room)),
+    )
+    most = _loop("rows", low.dtype.char)(_spec(rule), low, high, sizes, bins, *found, np.empty((3, most)))
+    return Rows(*found[:3], found[3].astype(dtype, copy=False), most)
 
 
 def _spec(rule: Rule) -> _Spec:
@@ -152,111 +156,115 @@ def _spec(rule: Rule) -> _Spec:
 
 def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
     """Writes the crops; 0 in bins without a sample."""
-    for some, terms in job.weights(rows):
-        parts = _parts(job, some, terms, features, output)
+    for some, of, terms in job.weights(rows):
+        cost, leveled = _pixels(job, of) * job.shape[1] * len(terms), bool(job.directions)
+        parts = _parts(job, some, of, features, cost, each_box=leveled)
+        if not any(part.in_place for part in parts):
+            output[some][~_touching(of)] = 0
 
-        def work(part: _Part, terms: Any = terms) -> None:
-            for strip, boxes in part.strips(features):
-                if strip.top == part.rows.start:
-                    made = part.lines_of(output, boxes, write=True)
-                    levels = np.zeros((len(made), strip.channels), job.dtype)
-                for i, (y, x) in enumerate(terms):
-                    again = i > 0 or strip.top > part.rows.start
-                    part.crop(strip, boxes, y, x, (2 if again else 1) if job.directions else 0, levels, again, made)
-                if not part.in_place and strip.bottom == part.rows.stop:
-                    pixels = made.reshape(len(made), *job.rule.bins, strip.channels)
-                    output[part.start + boxes, part.channels] = pixels.transpose(0, 3, 1, 2)
+        def work(part: _Part, of: Rows = of, terms: list[Term] = terms) -> None:
+            strips = part.strips(features, of if leveled else None)
+            for numbers in part.batches(cut=not part.in_place):
+                made = part.crops_of(output, numbers, write=True)
+                for strip in strips:
+                    for term in terms:
+                        _call("crops", part, of, term, strip, numbers, not part.in_place, made)
+                if not part.in_place:
+                    pixels = made.reshape(len(numbers), *job.rule.bins, -1)
+                    output[part.start + numbers, part.channels] = pixels.transpose(0, 3, 1, 2)
 
-        threads.run(work, parts, _cost(job, terms))
+        threads.run(work, parts, cost)
 
 
 def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
     """Adds the feature gradient, box after box."""
-    for some, terms in job.weights(rows):
+    for some, of, terms in job.weights(rows):
+        cost = _pixels(job, of) * job.shape[1] * len(terms)
         owned: dict[Any, list[_Part]] = {}  # by the part of the features that they add to
-        for part in _parts(job, some, terms, total, bands=True):
+        for part in _parts(job, some, of, total, cost, bands=True):
             owned.setdefault((part.image, part.channels.start, part.in_place and part.rows.start), []).append(part)
 
-        def work(own: list[_Part], terms: Any = terms) -> None:
+        def work(own: list[_Part], of: Rows = of, terms: list[Term] = terms) -> None:
             for part in own:
-                for strip, boxes in part.strips(total, add=True):
-                    grads = part.lines_of(grad, boxes)
-                    for y, x in terms:
-                        _loop("spread", job.dtype.char)(*part.arguments(strip, boxes, y, x, 3), grads)
+                for strip in part.strips(total, add=True):
+                    for numbers in part.batches():
+                        grads = part.crops_of(grad, numbers)
+                        for term in terms:
+                            _call("spread", part, of, term, strip, numbers, grads)
 
-        threads.run(work, owned.values(), _cost(job, terms))
+        threads.run(work, owned.values(), cost)
 
 
 def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray) -> None:
-    """Adds to `sums`, (K, 4), the gradients with respect to y's start and step, and x's.
+    """Adds to `sums`, (K, 4), the gradients with respect to y's start and step, and x's."""
+    for some, of, terms in job.weights(rows, slopes=True):
+        cost = 4 * _pixels(job, of) * job.shape[1] * len(terms)
+        parts = _parts(job, some, of, features, cost, alike=True)
+        found = [np.zeros((len(terms), len(part.boxes), 4)) for part in parts]
 
-    Each is the sum over crops by weights that change so, times the gradient of each crop.
-    """
-    for some, terms in job.weights(rows, slopes=True):
-        for (y, x), axes in zip(terms, job.free_axes(), strict=True):
-            changes = {2 * axis + s: job.changed((y, x), axis, s) for axis in axes for s in (0, 1)}
-            parts = _parts(job, some, [(y, x)], features, alike=True)
-            found = [np.zeros((len(part.boxes), 4)) for part in parts]
+        def work(item: tuple[_Part, np.ndarray], of: Rows = of, terms: list[Term] = terms) -> None:
+            part, found_of = item
+            strips, first = part.strips(features), 0
+            for numbers in part.batches():
+                grads, levels = part.crops_of(grad, numbers), part.levels(of, features, numbers)
+                last = first + len(numbers)
+                for strip in strips:
+                    products = np.empty((4, job.rule.bins[1] * strip.where[1]))
+                    for term, to in zip(terms, found_of, strict=True):
+                        rest = of.values, levels, grads, products, to[first:last]
+                        _call("slopes", part, of, term, strip, numbers, *rest)
+                first = last
 
-            def work(item: tuple[_Part, np.ndarray], y: Rows = y, x: Rows = x, changes: Any = changes) -> None:
-                part, each = item
-                for strip, boxes in part.strips(features, cut=True):
-                    first = strip.top == part.rows.start
-                    grads = part.lines_of(grad, boxes)
-                    if first:
-                        levels = np.zeros((len(grads), strip.channels), job.dtype)
-                    crop, total = np.empty_like(grads), np.empty(strip.channels)
-                    to = each[np.searchsorted(part.boxes, boxes[0]) :]
-                    for column, (of_y, of_x) in changes.items():
-                        part.crop(strip, boxes, of_y, of_x, 1 if first else 2, levels, False, crop)
-                        at = (strip.planes, strip.channels, boxes, y.begin, job.rule.bins[0], x.begin, job.rule.bins[1])
-                        _loop("products", job.dtype.char)(crop, grads, *at, total, column, to)
+        threads.run(work, zip(parts, found, strict=True), cost)
+        for part, found_of in zip(parts, found, strict=True):
+            for axes, to in zip(job.free_axes(), found_of, strict=True):
+                for axis in axes:
+                    sums[part.start + part.boxes, 2 * axis : 2 * axis + 2] += to[:, 2 * axis : 2 * axis + 2]
 
-            threads.run(work, zip(parts, found, strict=True), 4 * _cost(job, [(y, x)]))
-            for part, each in zip(parts, found, strict=True):
-                sums[part.start + part.boxes] += each
+
+def _call(name: str, part: _Part, of: Rows, term: Term, strip: _Strip, numbers: np.ndarray, *rest: Any) -> None:
+    """Runs a loop, with memory for what it holds of a box."""
+    (_, channels, _, width, *_), bins, (most_y, most_x) = strip.where, part.job.rule.bins, of.most
+    few, dtype = channels < loops.LANES, part.job.dtype
+    indices, lines = _SCRATCH[name, few]
+    pixels = max(min(loops.FAR * most_x, width // channels), most_x) + bins[1] + 2
+    scratch = (
+        np.empty((indices, (most_x + bins[1] + 2) * (channels if few else 1)), np.uint32),
+        np.empty((2, max(most_y, most_x) + 3), np.uint64),
+        np.empty((lines, max(pixels * channels, most_y)), dtype),
+    )
+    loop, images = _loop(name, dtype.char, few), part.images(numbers)
+    loop(*strip, numbers, images, *of[:3], *term, bins, *scratch, few or None, *rest)
+
+
+_SCRATCH = {
+    ("crops", False): (3, 3),
+    ("crops", True): (6, 5),
+    ("spread", False): (3, 3),
+    ("spread", True): (6, 5),
+    ("slopes", False): (7, 10),
+    ("slopes", True): (16, 16),
+}
+"""Rows of indices and of lines that a loop needs, for few channels or not."""
 
 
 # ---- what they are given ----
 
 
-class _Lines(NamedTuple):
-    """An (M, C, H, W) array as lines, without a copy."""
-
-    lines: np.ndarray  # (M * planes, H, W * channels)
-    planes: int  # of an image or a box
-    channels: int  # of a pixel
-
-    @classmethod
-    def of(cls, array: np.ndarray, dtype: np.dtype) -> _Lines | None:
-        """None where elements are of another dtype, or do not lie so."""
-        count, channels, height, width = array.shape
-        if array.dtype != dtype or not array.flags.aligned:
-            return None
-        if array.flags.c_contiguous:
-            return cls(array.reshape(count * channels, height, width), channels, 1)
-        if (pixels := array.transpose(0, 2, 3, 1)).flags.c_contiguous:
-            return cls(pixels.reshape(count, height, width * channels), 1, channels)
-        return None
-
-
 class _Strip(NamedTuple):
-    """Lines to work on; the arguments that loops begin with."""
+    """Lines to work on, as the loops take them."""
 
-    lines: np.ndarray
-    planes: int
-    channels: int
-    y0: int  # the image's pixel at which they begin
-    x0: int
-    top: int  # only these rows of the image
-    bottom: int
+    lines: np.ndarray  # flat
+    where: tuple[int, ...]
+    """Planes of an image, channels of a pixel, height of a plane and numbers in a line; the image's row and column at
+    which planes begin; the image's rows to work on, from and to."""
 
 
 class _Part(NamedTuple):
     """Boxes to work on: in place, or in a window of an image that is brought over, for some channels."""
 
     job: Job
-    in_place: _Lines | None  # the features, or their gradient
+    in_place: tuple[np.ndarray, int, int] | None  # what `_flat` says of the features, or of their gradient
     start: int  # of the group of boxes
     boxes: np.ndarray  # numbers within the group
     image: int
@@ -264,94 +272,135 @@ class _Part(NamedTuple):
     columns: slice
     channels: slice
 
-    def strips(self, array: np.ndarray, add: bool = False, cut: bool = False) -> Iterator[tuple[_Strip, np.ndarray]]:
-        """Lines, and boxes to work on with them: some boxes after others, or a single one several times.
+    def strips(self, array: np.ndarray, leveled: Rows | None = None, add: bool = False) -> Iterable[_Strip]:
+        """Where the boxes lie in (N, C, H, W); more than one for a single box only.
 
-        `add`: lines that are brought over begin with 0, and are added to the array in the end. `cut`: only some boxes
-        at a time in place, too.
+        `leveled`: less the level of the box. `add`: what is brought over begins with 0, and is added in the end.
         """
-        count = self.channels.stop - self.channels.start
-        each = max(1, BATCH // (math.prod(self.job.rule.bins) * count * self.job.dtype.itemsize))
         if self.in_place:
-            strip = _Strip(*self.in_place, 0, 0, self.rows.start, self.rows.stop)
-            yield from ((strip, boxes) for boxes in _cut(self.boxes, each if cut else len(self.boxes)))
-            return
+            (flat, planes, channels), (_, _, height, width) = self.in_place, array.shape
+            where = planes, channels, height, width * channels, 0, 0, self.rows.start, self.rows.stop
+            return [_Strip(flat, where)]
+        strips = self._brought_over(array, leveled, add)
+        return strips if add or len(self.rows) > 1 else list(strips)
+
+    def _brought_over(self, array: np.ndarray, leveled: Rows | None, add: bool) -> Iterator[_Strip]:
         for top in self.rows:
             bottom = min(top + self.rows.step, self.rows.stop)
             window = array[self.image, self.channels, top:bottom, self.columns]
-            pixels = np.zeros((*window.shape[1:], count), self.job.dtype)
+            channels, height, width = window.shape
+            pixels = np.zeros((height, width, channels), self.job.dtype)
             if not add:
                 np.copyto(pixels.transpose(2, 0, 1), window, casting="unsafe")
-            strip = _Strip(pixels.reshape(1, bottom - top, -1), 1, count, top, self.columns.start, top, bottom)
-            yield from ((strip, boxes) for boxes in _cut(self.boxes, each))
+            if leveled:
+                pixels -= self.levels(leveled, array, self.boxes)
+            where = 1, channels, height, width * channels, top, self.columns.start, top, bottom
+            yield _Strip(pixels.reshape(-1), where)
             if add:
                 window += pixels.transpose(2, 0, 1)
 
-    def lines_of(self, array: np.ndarray, boxes: np.ndarray, write: bool = False) -> np.ndarray:
-        """Crops of some of the boxes, or gradients of them, as lines; `write`: to be written, and brought back."""
-        dtype, bins, first = self.job.dtype, self.job.rule.bins, self.start + int(boxes[0])
-        taken: Any = slice(first, first + len(boxes)) if self.in_place else self.start + boxes
+    def levels(self, of: Rows, array: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """(boxes, C): the first pixel that each box touches, where that is finite."""
+        y, x = (np.minimum(of.extent[axis, 0, numbers], array.shape[2 + axis] - 1) for axis in (0, 1))
+        levels = array[self.job.images[self.start + numbers], self.channels, y, x].astype(self.job.dtype)
+        levels[~np.isfinite(levels)] = 0
+        return levels
+
+    def batches(self, cut: bool = True) -> list[np.ndarray]:
+        """The boxes, so many at a time that their crops stay in the cache."""
+        size = math.prod(self.job.rule.bins) * (self.channels.stop - self.channels.start) * self.job.dtype.itemsize
+        each = max(1, BATCH // size) if cut else len(self.boxes)
+        return [self.boxes[first : first + each] for first in range(0, len(self.boxes), each)]
+
+    def images(self, numbers: np.ndarray) -> np.ndarray:
+        """Those that the boxes lie in, counted from the strip's first."""
+        return self.job.images[self.start + numbers] if self.in_place else np.zeros(len(numbers), np.int64)
+
+    def crops_of(self, array: np.ndarray, numbers: np.ndarray, write: bool = False) -> np.ndarray:
+        """Crops, or gradients of them, flat and in the order of the lines; to `write`, in place or from 0 on."""
         if self.in_place:
-            planes, lines = self.in_place.planes, _Lines.of(array, dtype)
-            if lines and lines.planes == planes:
-                return lines.lines[first * planes : (first + len(boxes)) * planes]
-            if planes > 1:
-                return np.require(array[taken], dtype, ["C", "A"]).reshape(-1, *bins)
-        pixels = np.empty((len(boxes), *bins, self.channels.stop - self.channels.start), dtype)
-        if not write:
-            np.copyto(pixels.transpose(0, 3, 1, 2), array[taken, self.channels], casting="unsafe")
-        return pixels.reshape(*pixels.shape[:2], -1)
-
-    def arguments(self, strip: _Strip, boxes: np.ndarray, y: Rows, x: Rows, lines: int) -> tuple[Any, ...]:
-        """What a loop begins with; memory for so many lines is the last of it."""
-        bins, channels = self.job.rule.bins, strip.channels
-        most = int((x.begin[bins[1] :: bins[1]] - x.begin[: -bins[1] : bins[1]]).max()) + bins[1]
-        places = np.empty((4, most * min(channels, loops.LANES)), np.uint32)
-        scratch = np.empty((lines, max(strip.lines.shape[2], most * channels) + 1), self.job.dtype)
-        images = self.job.images[self.start + boxes] if self.in_place else np.zeros(len(boxes), np.int64)
-        return *strip, boxes, images, y[:4], bins[0], x[:4], bins[1], places, scratch
-
-    def crop(self, strip: _Strip, boxes: np.ndarray, y: Rows, x: Rows, *rest: Any) -> None:
-        _loop("crops", self.job.dtype.char)(*self.arguments(strip, boxes, y, x, 4), *rest)
+            first = self.start + int(numbers[0])
+            pixels = array[first : first + len(numbers)]
+            pixels = pixels.transpose(0, 2, 3, 1) if self.in_place[2] > 1 else pixels
+        elif write:
+            count = len(numbers) * math.prod(self.job.rule.bins) * (self.channels.stop - self.channels.start)
+            return np.zeros(count, self.job.dtype)
+        else:
+            pixels = array[self.start + numbers, self.channels].transpose(0, 2, 3, 1)
+        return (pixels if write else np.require(pixels, self.job.dtype, ["C", "A"])).reshape(-1)
 
 
-def _cut(boxes: np.ndarray, length: int) -> list[np.ndarray]:
-    return [boxes[first : first + length] for first in range(0, len(boxes), length)]
+def _flat(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int, int] | None:
+    """An (N, C, H, W) array's memory, planes of an image, and channels of a pixel.
+
+    None where elements are of another dtype, or neither planes nor pixels with their channels.
+    """
+    if array.dtype != dtype or not array.flags.aligned:
+        return None
+    if array.flags.c_contiguous:
+        return array.reshape(-1), array.shape[1], 1
+    pixels = array.transpose(0, 2, 3, 1)
+    return (pixels.reshape(-1), 1, array.shape[1]) if pixels.flags.c_contiguous else None
+
+
+def _pixels(job: Job, of: Rows) -> int:
+    """About how many pixels the boxes of a group touch, counted for each box."""
+    boxes = of.extent.shape[2]
+    along_y = int(of.begin[boxes * job.rule.bins[0]])
+    return along_y * (of.entries - along_y) // boxes
+
+
+def _touching(of: Rows) -> np.ndarray:
+    return (of.extent[:, 1] > of.extent[:, 0]).all(axis=0)
+
+
+def _in_place(job: Job, of: Rows, array: np.ndarray, alike: bool) -> tuple[np.ndarray, int, int] | None:
+    """What `_flat` says of the features, if they are worked on as they are.
+
+    Of planes each entry along x of each row of bins is a single number: these are compared with the pixels to bring
+    over, in accesses to memory. Few channels would leave a processor's lanes empty either way.
+
+    Sums over channels come out alike only by the same way, whatever boxes there are: `alike` asks for that.
+    """
+    lines, plane = _flat(array, job.dtype), job.shape[2] * job.shape[3]
+    if not lines or lines[2] > 1 or lines[1] < loops.LANES:
+        return lines
+    if plane * job.dtype.itemsize * (BLOCK if alike else 1) > weights.WORKSPACE:
+        return lines
+    numbers = (of.entries - int(of.begin[of.extent.shape[2] * job.rule.bins[0]])) * job.rule.bins[0]
+    return lines if not alike and 2 * numbers <= min(_pixels(job, of), job.shape[0] * plane) else None
 
 
 def _parts(
     job: Job,
     some: slice,
-    terms: list[tuple[Rows, Rows]],
+    of: Rows,
     array: np.ndarray,
-    output: np.ndarray | None = None,
+    cost: int,
     bands: bool = False,
     alike: bool = False,
+    each_box: bool = False,
 ) -> list[_Part]:
     """How to work on a group of boxes.
 
     In place boxes are shared out among threads or, with `bands`, rows of the image. Where lines are brought over, it is
-    for the boxes of an image either the part that they all lie in, or a window for each: whichever is less to read.
-    `output` gets zeros where there is nothing to work on.
+    for the boxes of an image either the part that they all lie in, or a window for each: whichever is less to read;
+    for `each_box` it is always its own.
     """
     _, channels, height, width = job.shape
-    count, size = some.stop - some.start, job.dtype.itemsize
-    lines, out = _Lines.of(array, job.dtype), None if output is None else _Lines.of(output, job.dtype)
-    matches = output is None or (lines is not None and out is not None and out.planes == lines.planes)
-    if lines and matches and _in_place(job, lines, terms, alike):
-        everything = slice(0, width), slice(0, channels)
-        cut = threads.parts(height if bands else count, _cost(job, terms))
-        if bands:
-            rows = [range(band.start, band.stop, height) for band in cut]
-            return [_Part(job, lines, some.start, np.arange(count), 0, band, *everything) for band in rows]
-        each = [np.arange(part.start, part.stop) for part in cut]
-        return [_Part(job, lines, some.start, boxes, 0, range(0, height, height), *everything) for boxes in each]
+    lines = None if each_box else _in_place(job, of, array, alike)
+    if lines:
+        every, columns = slice(0, channels), slice(0, width)
+        cut = threads.parts(height if bands else some.stop - some.start, cost)
+        boxes = [slice(0, some.stop - some.start)] if bands else cut
+        rows = [range(band.start, band.stop, height) for band in cut] if bands else [range(0, height, height)]
+        return [
+            _Part(job, lines, some.start, np.arange(own.start, own.stop), 0, of_rows, columns, every)
+            for own, of_rows in itertools.product(boxes, rows)
+        ]
 
-    first, stop = np.stack([along.extent for along in terms[0]], axis=1)  # (2, K) each
-    images, touching = job.images[some], (stop > first).all(axis=0)
-    if output is not None:
-        output[some][~touching] = 0
-    parts = []
+    first, stop, size = of.extent[:, 0], of.extent[:, 1], job.dtype.itemsize
+    images, touching, parts = job.images[some], _touching(of), []
 
     def add(image: int, boxes: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
         (y0, x0), (y1, x1) = low.tolist(), high.tolist()
@@ -369,31 +418,9 @@ def _parts(
         # Each row costs about one cache line more than it has pixels.
         each_read = ((stop - first)[:, boxes] + np.array([[0], [BLOCK]])).prod(axis=0).sum()
         pixels = int((high - low).prod())
-        if pixels <= each_read and pixels * min(BLOCK, channels) * size <= weights.WORKSPACE:
+        if not each_box and pixels <= each_read and pixels * min(BLOCK, channels) * size <= weights.WORKSPACE:
             add(image, boxes, low, high)
         else:
             for box in boxes.tolist():
                 add(image, np.array([box]), first[:, box], stop[:, box])
     return parts
-
-
-def _in_place(job: Job, lines: _Lines, terms: list[tuple[Rows, Rows]], alike: bool) -> bool:
-    """Whether lines are worked on as they are.
-
-    Of planes each entry along x of each row of bins is a single number: these are compared with the pixels to bring
-    over, in accesses to memory. Few channels would leave a processor's lanes empty either way.
-
-    Sums over channels come out alike either way only where BLOCK of them can be brought over: `alike` asks for that.
-    """
-    plane = job.shape[2] * job.shape[3] * job.dtype.itemsize
-    if lines.channels > 1 or lines.planes < loops.LANES or plane * (BLOCK if alike else 1) > weights.WORKSPACE:
-        return True
-    (y, x), bins = terms[0], job.rule.bins
-    touched = min(len(y.pixel) * len(x.pixel) * bins[0] // len(y.begin), job.shape[0] * job.shape[2] * job.shape[3])
-    return 2 * len(x.pixel) * bins[0] <= touched
-
-
-def _cost(job: Job, terms: list[tuple[Rows, Rows]]) -> int:
-    """About how many multiplications a group takes."""
-    y, x = terms[0]
-    return len(terms) * len(y.pixel) * len(x.pixel) * job.rule.bins[0] // len(y.begin) * job.shape[1]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_roialign.cpu.weights import Job, Rows, rows
+from cupy_roialign.cpu.weights import Job, Rows, Term, rows
 
 PRODUCT, VECTOR = 2**18, 2**13
 """Multiplications of a product of matrices, and of a matrix and a vector."""
@@ -33,96 +33,108 @@ class _Matrix(NamedTuple):
 
 def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
     """Writes the crops; 0 in bins without a sample."""
-    for j, k, terms in _boxes(job):
+    for k, box, terms in _boxes(job):
         image = features[job.images[k]]
+        level = _level(job, image, box) if job.directions else None
         crop = output[k] if output.dtype == job.dtype else np.empty(output.shape[1:], job.dtype)
         crop[...] = 0
-        for rows_of in terms:
-            _add_crop(job, image, rows_of, j, crop)
+        for term in terms:
+            _add_crop(job, image, box, term, level, crop)
         if not np.isfinite(crop).all():  # 0 * NaN is NaN: but such a pixel must reach none but the bins that sample it
             crop[...] = 0
-            for of_y, of_x in terms:
+            for term in terms:
                 lines = np.zeros((*crop.shape[:2], image.shape[2]), job.dtype)
-                for p, y, weight in _entries(job, of_y, j, 0):
+                for p, y, weight in box.entries(0, term[0]):
                     lines[:, p] += weight * image[:, y].astype(job.dtype, copy=False)
-                for q, x, weight in _entries(job, of_x, j, 1):
+                for q, x, weight in box.entries(1, term[1]):
                     crop[:, :, q] += weight * lines[:, :, x]
         output[k] = crop
 
 
-def _add_crop(
-    job: Job, image: np.ndarray, of: tuple[Rows, Rows], j: int, crop: np.ndarray, leveled: bool = False
-) -> None:
-    """Of box `j` of a group; less a level where weights are changes of weights."""
-    level = _level(job, image, *of, j) if leveled or job.directions else None
-    for y, x, at in _parts(job, *of, j):
+def _add_crop(job: Job, image: np.ndarray, box: _Box, term: Term, level: Any, crop: np.ndarray) -> None:
+    for y, x, at in box.parts(term):
         window = image[at].astype(job.dtype, order="K", copy=False)
         crop[:, y.bins, x.bins] += _between(y.weights, window if level is None else window - level, x.weights)
 
 
 def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
     """Adds the feature gradient, box after box."""
-    for j, k, terms in _boxes(job):
+    for k, box, terms in _boxes(job):
         image, crop = total[job.images[k]], grad[k].astype(job.dtype, order="K", copy=False)
         sound = np.isfinite(crop).all()
-        for of_y, of_x in terms:
+        for term in terms:
             if sound:
-                for y, x, at in _parts(job, of_y, of_x, j):
+                for y, x, at in box.parts(term):
                     image[at] += _between(y.weights.T, crop[:, y.bins, x.bins], x.weights.T)
                 continue
             lines = np.zeros((*crop.shape[:2], image.shape[2]), job.dtype)
-            for q, column, weight in _entries(job, of_x, j, 1):
+            for q, column, weight in box.entries(1, term[1]):
                 lines[:, :, column] += weight * crop[:, :, q]
-            for p, row, weight in _entries(job, of_y, j, 0):
+            for p, row, weight in box.entries(0, term[0]):
                 image[:, row] += weight * lines[:, p]
 
 
 def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray) -> None:
     """Adds to `sums`, (K, 4), the gradients with respect to y's start and step, and x's.
 
-    Each is the sum over crops by weights that change so, times the gradient of each crop.
+    Each is the sum over crops by weights that follow the box so, times the gradient of each crop.
     """
-    for j, k, terms in _boxes(job, slopes=True):
+    for k, box, terms in _boxes(job, slopes=True):
         image, crop = features[job.images[k]], np.empty(grad.shape[1:], job.dtype)
-        for of, axes in zip(terms, job.free_axes(), strict=True):
-            touched = np.outer(
-                *(np.diff(a.begin[j * n : (j + 1) * n + 1]) > 0 for a, n in zip(of, job.rule.bins, strict=True))
-            )
-            grads = np.where(touched, grad[k], 0).astype(job.dtype, copy=False)
+        level, (y, x) = _level(job, image, box), (np.diff(begin) > 0 for begin in box.begin)
+        grads = np.where(np.outer(y, x), grad[k], 0).astype(job.dtype, copy=False)
+        for term, axes in zip(terms, job.free_axes(), strict=True):
             for axis, s in itertools.product(axes, (0, 1)):
+                slope = box.rows.values[1 + s]
                 crop[...] = 0
-                _add_crop(job, image, job.changed(of, axis, s), j, crop, leveled=True)
+                _add_crop(job, image, box, (slope, term[1]) if axis == 0 else (term[0], slope), level, crop)
                 sums[k, 2 * axis + s] += np.sum(grads * crop, dtype=np.float64)
 
 
-def _boxes(job: Job, slopes: bool = False) -> Iterator[tuple[int, int, list[tuple[Rows, Rows]]]]:
-    """Boxes one by one: number within a group, number, and the rows of the group."""
-    for some, terms in job.weights(rows, slopes):
+class _Box(NamedTuple):
+    """A box of a group."""
+
+    rows: Rows
+    begin: tuple[np.ndarray, np.ndarray]  # of its bins along y and x
+    first: tuple[int, int]  # pixel that it touches; behind the last, if it touches none
+
+    def parts(self, term: Term) -> Iterator[tuple[_Matrix, _Matrix, Any]]:
+        """Along y, along x, and where the pixels are in an image."""
+        along_x = list(_matrices(self.begin[1], self.rows.pixel, term[1]))
+        for y, x in itertools.product(_matrices(self.begin[0], self.rows.pixel, term[0]), along_x):
+            at = (slice(None), y.pixels, x.pixels)
+            if not (isinstance(y.pixels, slice) and isinstance(x.pixels, slice)):
+                at = (slice(None), np.r_[y.pixels][:, None], np.r_[x.pixels])
+            yield y, x, at
+
+    def entries(self, axis: int, value: np.ndarray) -> Iterator[tuple[int, int, float]]:
+        """(bin, pixel, weight) one by one: slow, and seldom needed."""
+        for p, (first, stop) in enumerate(itertools.pairwise(self.begin[axis])):
+            for entry in range(first, stop):
+                if value[entry] != 0:
+                    yield p, self.rows.pixel[entry], value[entry]
+
+
+def _boxes(job: Job, slopes: bool = False) -> Iterator[tuple[int, _Box, list[Term]]]:
+    """Boxes one by one, with their numbers."""
+    for some, rows_of, terms in job.weights(rows, slopes):
         for j, k in enumerate(range(some.start, some.stop)):
-            yield j, k, terms
+            first = [rows_of.row(axis, j, job.rule.bins) for axis in (0, 1)]
+            y, x = (rows_of.begin[row : row + bins + 1] for row, bins in zip(first, job.rule.bins, strict=True))
+            yield k, _Box(rows_of, (y, x), (rows_of.extent[0, 0, j], rows_of.extent[1, 0, j])), terms
 
 
-def _parts(job: Job, of_y: Rows, of_x: Rows, j: int) -> Iterator[tuple[_Matrix, _Matrix, Any]]:
-    """A box in parts: along y, along x, and where its pixels are in an image."""
-    along_x = list(_matrices(of_x, j, job.rule.bins[1]))
-    for y, x in itertools.product(_matrices(of_y, j, job.rule.bins[0]), along_x):
-        at = (slice(None), y.pixels, x.pixels)
-        if not (isinstance(y.pixels, slice) and isinstance(x.pixels, slice)):
-            at = (slice(None), np.r_[y.pixels][:, None], np.r_[x.pixels])
-        yield y, x, at
-
-
-def _matrices(of: Rows, j: int, bins: int) -> Iterator[_Matrix]:
-    """Of box `j` of a group."""
-    for first in range(0, bins, BINS):
-        begin = of.begin[j * bins + first : j * bins + min(first + BINS, bins) + 1]
-        entries, count = slice(begin[0], begin[-1]), len(begin) - 1
-        order = np.argsort(of.pixel[entries], kind="stable")
-        pixel, value = of.pixel[entries][order], of.value[entries][order]
-        bin_ = np.repeat(np.arange(count), np.diff(begin))[order]
+def _matrices(begin: np.ndarray, pixels_of: np.ndarray, values: np.ndarray) -> Iterator[_Matrix]:
+    """Of the bins whose entries begin there."""
+    for first in range(0, len(begin) - 1, BINS):
+        ends = begin[first : first + BINS + 1]
+        count, entries = len(ends) - 1, ends[0] + np.flatnonzero(values[ends[0] : ends[-1]])
+        order = np.argsort(pixels_of[entries], kind="stable")
+        pixel, value = pixels_of[entries][order], values[entries][order]
+        bin_ = np.searchsorted(ends, entries, "right")[order] - 1
         place = np.cumsum(np.diff(pixel, prepend=pixel[:1]) != 0)  # of each entry among the pixels that are touched
-        ends: Any = np.searchsorted(place, np.arange(0, place[-1] + 1 + PIXELS, PIXELS)) if len(place) else []
-        for some in itertools.starmap(slice, itertools.pairwise(ends)):
+        cuts: Any = np.searchsorted(place, np.arange(0, place[-1] + 1 + PIXELS, PIXELS)) if len(place) else []
+        for some in itertools.starmap(slice, itertools.pairwise(cuts)):
             columns = place[some] - place[some][0]
             pixels: Any = np.empty(columns[-1] + 1, np.int64)
             pixels[columns] = pixel[some]
@@ -153,21 +165,13 @@ def _between(left: np.ndarray, planes: np.ndarray, right: np.ndarray) -> np.ndar
     return result
 
 
-def _level(job: Job, image: np.ndarray, of_y: Rows, of_x: Rows, j: int) -> Any:
+def _level(job: Job, image: np.ndarray, box: _Box) -> Any:
     """(C, 1, 1): the first pixel that the box touches, where that is finite.
 
     Changes of weights sum to 0: so a level of the features changes nothing but what rounding leaves of a slope.
     """
-    y, x = of_y.extent[0, j], of_x.extent[0, j]
+    y, x = box.first
     if y >= job.shape[2] or x >= job.shape[3]:  # it touches none
         return 0
     pixel = image[:, y, x].astype(job.dtype)[:, None, None]
     return np.where(np.isfinite(pixel), pixel, 0)
-
-
-def _entries(job: Job, of: Rows, j: int, axis: int) -> Iterator[tuple[int, int, float]]:
-    """(bin, pixel, weight) of box `j` of a group, one by one: slow, and seldom needed."""
-    bins = job.rule.bins[axis]
-    begin = of.begin[j * bins : (j + 1) * bins + 1]
-    entries, bin_ = slice(begin[0], begin[-1]), np.repeat(np.arange(bins), np.diff(begin))
-    return zip(bin_.tolist(), of.pixel[entries].tolist(), of.value[entries], strict=True)

@@ -6,10 +6,9 @@ held together as compressed rows.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -26,39 +25,32 @@ _ENTRY = 48  # bytes of an entry of `Rows`, and of what it is made from
 
 
 class Rows(NamedTuple):
-    """The weights of K boxes along one axis, as compressed rows: row k*bins + p is bin p of box k.
+    """The weights of K boxes along both axes, as compressed rows: first those of y, of which row k*bins_y + p is bin p of
+    box k, then those of x.
 
-    A pixel occurs once in a row, and none has only zeros.
+    A pixel occurs once in a row.
     """
 
-    begin: np.ndarray  # (K*bins + 1,) int64: the entries of row r are begin[r] to begin[r + 1]
-    extent: np.ndarray  # (2, K) int64: the first pixel of a box, and the one behind the last; size, 0 of none
+    begin: np.ndarray  # (K*bins_y + K*bins_x + 1,) int64: the entries of row r are begin[r] to begin[r + 1]
+    extent: np.ndarray  # (2, 2, K) int64 along y and x: the first pixel of a box, the one behind the last; size, 0 of none
     pixel: np.ndarray  # (E,) int64
-    value: np.ndarray  # (E,) weight
-    to_start: np.ndarray  # (E,) derivative of the weight with respect to the box's start; empty if not asked for
-    to_step: np.ndarray  # (E,) and to its step
+    values: np.ndarray  # (1 or 3, E): the weight; its derivatives with respect to the box's start, and to its step
+    most: tuple[int, int]  # entries of a box along y, and along x
 
-    def along(self, bins: int, start: np.ndarray, step: np.ndarray) -> Rows:
-        """The derivative of the weights where the starts and steps of the boxes, (K,), change by so much."""
-        box = np.repeat(np.arange(len(start)), np.diff(self.begin[::bins]))
-        value = self.to_start * start[box] + self.to_step * step[box]
-        kept = value != 0
-        begin = np.concatenate([[0], np.cumsum(kept)])[self.begin]
-        value = value[kept].astype(self.value.dtype)
-        return Rows(begin, self.extent, self.pixel[kept], value, np.zeros_like(value), np.zeros_like(value))
+    @property
+    def entries(self) -> int:
+        return int(self.begin[-1])
 
-    def weighty(self) -> Rows:
-        """Without the entries that only the slopes have: 0 times a pixel that is NaN is NaN."""
-        if self.value.all():
-            return self
-        kept = self.value != 0
-        begin = np.concatenate([[0], np.cumsum(kept)])[self.begin]
-        slopes = (column[kept] if len(column) else column for column in self[4:])
-        return Rows(begin, self.extent, self.pixel[kept], self.value[kept], *slopes)
+    def row(self, axis: int, k: int, bins: tuple[int, int]) -> int:
+        """The first row of box k."""
+        return k * bins[0] if axis == 0 else self.extent.shape[2] * bins[0] + k * bins[1]
 
 
-Build = Callable[[Rule, np.ndarray, np.ndarray, int, int, bool, np.dtype], Rows]
-"""Rows of boxes along one axis: rule, low and high (K,), bins, pixels, with slopes?, dtype of the weights."""
+Build = Callable[[Rule, np.ndarray, np.ndarray, Sequence[int], bool, np.dtype], Rows]
+"""Rows of boxes: rule, low and high (2, K), pixels along each axis, with slopes?, dtype of the weights."""
+
+Term = tuple[np.ndarray, np.ndarray]
+"""What to take along y, and along x, in place of `Rows.values`: (E,) each."""
 
 
 class Job(NamedTuple):
@@ -96,11 +88,6 @@ class Job(NamedTuple):
         """For each term of `weights` the axes that follow no direction: only these change with the boxes once more."""
         return [[axis for axis in (0, 1) if term[axis] is None] for term in terms(len(self.directions))]
 
-    def changed(self, of: tuple[Rows, Rows], axis: int, slope: int) -> tuple[Rows, Rows]:
-        """Rows of y and x where those of an axis follow the box's start (0) or step (1)."""
-        rows = of[axis]._replace(value=of[axis][4 + slope]).weighty()
-        return (rows, of[1].weighty()) if axis == 0 else (of[0].weighty(), rows)
-
     def sampled(self) -> list[np.ndarray]:
         """(K, bins) bool along y and x: whether a bin has a sample inside; of operators with one sample per bin."""
         result = []
@@ -111,29 +98,27 @@ class Job(NamedTuple):
             result.append(geometry.inside(self.rule, position, size))
         return result
 
-    def weights(self, build: Build, slopes: bool = False) -> Iterator[tuple[slice, list[tuple[Rows, Rows]]]]:
-        """For groups of boxes: which, and for each term of the derivative along the directions the rows of y and x.
+    def weights(self, build: Build, slopes: bool = False) -> Iterator[tuple[slice, Rows, list[Term]]]:
+        """For groups of boxes: which, their rows, and the terms of the derivative along the directions.
 
         With `slopes` the rows tell how weights follow the boxes.
         """
+        slopes = slopes or bool(self.directions)
         for some in self._groups():
-            plain = [
-                build(self.rule, low[some], high[some], bins, size, slopes or bool(self.directions), self.dtype)
-                for low, high, bins, size in zip(self.low, self.high, self.rule.bins, self.shape[2:], strict=True)
-            ]
-            changed = [self._along(plain, direction, some) for direction in self.directions]
-            fixed = plain if slopes else [along.weighty() for along in plain]
-            taken = terms(len(self.directions))
-            y = [fixed[0] if of_y is None else changed[of_y][0] for of_y, _ in taken]
-            x = [fixed[1] if of_x is None else changed[of_x][1] for _, of_x in taken]
-            yield some, list(zip(y, x, strict=True))
+            rows = build(self.rule, self.low[:, some], self.high[:, some], self.shape[2:], slopes, self.dtype)
+            changed = [self._along(rows, direction, some) for direction in self.directions]
+            term = [tuple(rows.values[0] if d is None else changed[d] for d in t) for t in terms(len(self.directions))]
+            yield some, rows, cast(list[Term], term)
 
-    def _along(self, rows: list[Rows], direction: np.ndarray, some: slice) -> list[Rows]:
-        edges = _edges(self.rule, direction[some].astype(np.float64))
-        return [
-            rows[axis].along(self.rule.bins[axis], low * slopes[0] + high * slopes[1], (high - low) * slopes[2])
-            for axis, (low, high, slopes) in enumerate(zip(edges[:2], edges[2:], self.slopes(some), strict=True))
-        ]
+    def _along(self, rows: Rows, direction: np.ndarray, some: slice) -> np.ndarray:
+        """(E,): the derivative of the weights along a direction."""
+        starts, steps, edges = [], [], _edges(self.rule, direction[some].astype(np.float64))
+        for low, high, bins, slopes in zip(edges[:2], edges[2:], self.rule.bins, self.slopes(some), strict=True):
+            starts.append(np.repeat(low * slopes[0] + high * slopes[1], bins))
+            steps.append(np.repeat((high - low) * slopes[2], bins))
+        counts, entries = np.diff(rows.begin), rows.entries
+        start, step = (np.repeat(np.concatenate(each), counts) for each in (starts, steps))
+        return (rows.values[1, :entries] * start + rows.values[2, :entries] * step).astype(self.dtype)
 
     def slopes(self, some: slice) -> list[tuple[Any, Any, Any]]:
         """`geometry.edge_slopes` along y and x."""
@@ -145,8 +130,9 @@ class Job(NamedTuple):
 
     def _groups(self) -> Iterator[slice]:
         """Boxes whose rows fit into the workspace; a single one where they do not."""
-        along = zip(self.low, self.high, self.rule.bins, self.shape[2:], strict=True)
-        each, most, start = sum(entries(self.rule, *axis) for axis in along), WORKSPACE // _ENTRY, 0
+        each, most, start = 0, WORKSPACE // _ENTRY, 0
+        for bins, count in zip(self.rule.bins, most_entries(self.rule, self.low, self.high, self.shape[2:]), strict=True):
+            each = each + bins * count
         if isinstance(each, int) and each * self.boxes <= most:
             yield slice(0, self.boxes)
             return
@@ -158,10 +144,12 @@ class Job(NamedTuple):
             start = stop
 
 
-def entries(rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int) -> Any:
-    """At most how many entries boxes have along an axis: (K,), or one number for all."""
-    samples = rule.sampling_ratio or geometry.affine(rule, low, high, bins, size, low.dtype.type)[2]
-    return bins * (min(2 * samples, size) if isinstance(samples, int) else np.minimum(2 * samples, size))
+def most_entries(rule: Rule, low: np.ndarray, high: np.ndarray, sizes: Sequence[int]) -> list[Any]:
+    """At most how many entries a bin has along y and x: (K,) each, or one number for all boxes."""
+    if rule.sampling_ratio:
+        return [min(2 * rule.sampling_ratio, size) for size in sizes]
+    along = zip(low, high, rule.bins, sizes, strict=True)
+    return [np.minimum(2 * geometry.affine(rule, *axis, low.dtype.type)[2], axis[3]) for axis in along]
 
 
 def _edges(rule: Rule, boxes: np.ndarray) -> np.ndarray:
@@ -169,17 +157,29 @@ def _edges(rule: Rule, boxes: np.ndarray) -> np.ndarray:
     return boxes.T.take(rule.columns, axis=0)
 
 
-def rows(rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int, slopes: bool, dtype: np.dtype) -> Rows:
+def rows(
+    rule: Rule, low: np.ndarray, high: np.ndarray, sizes: Sequence[int], slopes: bool, dtype: np.dtype
+) -> Rows:
     """`Rows` by NumPy."""
+    along = [_rows(rule, *axis, slopes) for axis in zip(low, high, rule.bins, sizes, strict=True)]
+    ends, extents, pixels, values = zip(*along, strict=True)
+    begin = np.concatenate([[0], *ends])
+    y, x = (int(np.diff(end[bins - 1 :: bins], prepend=0).max()) for end, bins in zip(ends, rule.bins, strict=True))
+    begin[1 + len(ends[0]) :] += ends[0][-1]
+    return Rows(begin, np.stack(extents), np.concatenate(pixels), np.concatenate(values, axis=1).astype(dtype), (y, x))
+
+
+def _rows(
+    rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int, slopes: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Along one axis: where rows end, the extent, and pixels and values of the entries."""
     real = low.dtype.type
     start, step, samples = geometry.affine(rule, low, high, bins, size, real)
     start, step, samples = (np.repeat(np.broadcast_to(a, low.shape), bins) for a in (start, step, samples))
     p = np.tile(np.arange(bins), len(low))
     origin = geometry.origin(start, step, p, real)
     first, stop = geometry.candidates(start, step, samples, origin, size, real)
-    parts: list[tuple[np.ndarray, ...]] = []
-    ends = np.cumsum(stop - first)
-    row = 0
+    parts, row, ends = [], 0, np.cumsum(stop - first)
     while row < len(p) or not parts:
         end = max(row + 1, int(np.searchsorted(ends, SAMPLES + (ends[row - 1] if row else 0), "right")))
         some = slice(row, end)
@@ -189,41 +189,28 @@ def rows(rule: Rule, low: np.ndarray, high: np.ndarray, bins: int, size: int, sl
         position = geometry.position(rule, origin[of], step[of], samples[of], number, real)
         inside = geometry.inside(rule, position, size)
         of, number, position = of[inside], number[inside], position[inside]
-        parts.append(_merged(rule, of, p, samples, number, position, size, slopes, real))
+        taps = geometry.taps(rule, position, size, real)
+        parts.append(_merged(of * size, taps, 1.0 / samples[of], geometry.lever(rule, p[of], samples[of], number), slopes))
         row = end
-    key, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
-    begin, pixel = np.searchsorted(key, np.arange(len(p) + 1) * size), key % size
-    extent = np.repeat(np.array([[size], [0]]), len(low), axis=1)
-    box = np.repeat(np.arange(len(low)), np.diff(begin[::bins]))
+    key, values = (np.concatenate(column, axis=-1) for column in zip(*parts, strict=True))
+    ends, pixel = np.searchsorted(key, np.arange(1, len(p) + 1) * size), key % size
+    box, extent = key // size // bins, np.repeat(np.array([[size], [0]]), len(low), axis=1)
     np.minimum.at(extent[0], box, pixel)
     np.maximum.at(extent[1], box, pixel + 1)
-    return Rows(begin, extent, pixel, *(column.astype(dtype) for column in columns))
+    return ends, extent, pixel, values
 
 
 def _merged(
-    rule: Rule,
-    row: np.ndarray,
-    p: np.ndarray,
-    samples: np.ndarray,
-    number: np.ndarray,
-    position: np.ndarray,
-    size: int,
-    slopes: bool,
-    real: Any,
-) -> tuple[np.ndarray, ...]:
-    """Samples of some rows as entries: row*size + pixel, in order, and what each weighs; summed in sample order."""
-    low, high, fraction = geometry.taps(rule, position, size, real)
-    key, place = np.unique(np.stack([row * size + low, row * size + high], axis=1), return_inverse=True)
-    share, fraction = 1.0 / samples[row], fraction.astype(np.float64)
-
-    def total(of_low: np.ndarray, of_high: np.ndarray) -> np.ndarray:
-        return np.bincount(place.ravel(), np.stack([of_low, of_high], axis=1).ravel(), len(key))
-
-    columns = [total((1 - fraction) * share, fraction * share)]
+    row: np.ndarray, taps: tuple[Any, Any, Any], share: np.ndarray, lever: np.ndarray, slopes: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Samples of some rows as entries: `row` + pixel, in order, and their values; summed in the order of samples."""
+    low, high, fraction = taps
+    key, place = np.unique(np.stack([row + low, row + high], axis=1), return_inverse=True)
+    fraction, change = fraction.astype(np.float64), np.where(high > low, share, 0.0)
+    columns = [lambda: ((1 - fraction) * share, fraction * share)]
     if slopes:
-        change = np.where(high > low, share, 0.0)
-        lever = geometry.lever(rule, p[row], samples[row], number)
-        columns += [total(-slope, slope) for slope in (change, change * lever)]
-    kept = functools.reduce(np.logical_or, [column != 0 for column in columns])
-    empty: list[np.ndarray] = [np.zeros(0)] * (3 - len(columns))
-    return key[kept], *(column[kept] for column in columns), *empty
+        columns += [lambda: (-change, change), lambda: (-change * lever, change * lever)]
+    place = place.ravel()
+    values = np.stack([np.bincount(place, np.stack(of(), axis=1).ravel(), len(key)) for of in columns])
+    kept = values.any(axis=0)
+    return key[kept], values[:, kept]
