@@ -25,10 +25,7 @@ from cupy_roialign import geometry
 from cupy_roialign import rule as rules
 from cupy_roialign.cpu import loops, threads, weights
 from cupy_roialign.cpu.weights import Job, Rows, Term
-from cupy_roialign.rule import Rule
-
-BLOCK = 16
-"""Channels that are brought over at a time, so that a pixel of them is a cache line of float32."""
+from cupy_roialign.rule import Rule, terms
 
 BATCH = 2**18
 """Bytes of crops that are worked on at a time before they are brought back; they stay in the cache."""
@@ -51,67 +48,70 @@ class _Spec(NamedTuple):
 # ---- machine code ----
 
 
-def _signature(name: str, dtype: str, few: bool) -> tuple[Any, ...]:
-    """The types of a loop's arguments, whose features are of `dtype`; or positions, for rows."""
-    f, i, array = numba.from_dtype(np.dtype(dtype)), numba.int64, numba.types.Array
-    pair, out = numba.types.UniTuple(i, 2), array(f, 1, "C")
-    integers, numbers, planes = (array(t, n, "C", readonly=True) for t, n in ((i, 1), (f, 1), (f, 2)))
-    if name == "rows":
-        edges, found = array(f, 2, "A", readonly=True), array(numba.float64, 2, "C")
-        rule = numba.typeof(_Spec(0, 0, 0, 1.0, 1, True))
-        return rule, edges, edges, pair, pair, array(i, 1, "C"), array(i, 3, "C"), array(i, 1, "C"), found, found
-    of = integers, array(i, 3, "C", readonly=True), integers, numbers, numbers, pair
-    scratch = array(numba.uint32, 2, "C"), array(numba.uint64, 2, "C"), array(f, 2, "C")
-    common = numba.types.UniTuple(i, 8), integers, integers, *of, *scratch, numba.boolean if few else numba.none
-    if name == "crops":
-        return numbers, *common, numba.boolean, out
-    if name == "spread":
-        return out, *common, numbers
-    return numbers, *common, planes, planes, numbers, *[array(numba.float64, 2, "C")] * 2  # slopes
+class _Key(NamedTuple):
+    """Of a loop."""
+
+    name: str
+    dtype: str  # of the features, f or d
+    real: str  # of positions
+    few: bool = False  # for few channels, that is less than loops.LANES
 
 
-NAMES = (("rows", False), *itertools.product(("crops", "spread", "slopes"), (False, True)))
+def _signature(key: _Key) -> tuple[Any, ...]:
+    """The types of a loop's arguments."""
+    (number, real), i, array = map(numba.from_dtype, map(np.dtype, key[1:3])), numba.int64, numba.types.Array
+    spec, pair = numba.typeof(_Spec(0, 0, 0, 1.0, 1, True)), numba.types.UniTuple(i, 2)
+    boxes, written, found = array(real, 2, "A", readonly=True), array(number, 1, "C"), array(numba.float64, 2, "C")
+    integers, read, table = (array(t, n, "C", readonly=True) for t, n in ((i, 1), (number, 1), (number, 2)))
+    of = integers, array(i, 3, "C", readonly=True), integers, read, read
+    common = numba.types.UniTuple(i, 8), integers, integers, *of, pair, pair, numba.boolean if key.few else numba.none
+    return {
+        "rows": (spec, boxes, numba.types.UniTuple(i, 4), pair, pair, numba.boolean, read),
+        "crops": (read, *common, numba.boolean, written),
+        "spread": (written, *common, read),
+        "slopes": (read, *common, table, table, read, found),
+    }[key.name]
+
+
+_made: dict[_Key, Any] = {}
 
 _lock = threading.RLock()
 
 
-def _loop(name: str, dtype: str, few: bool = False) -> Any:
-    """A loop as machine code. The dtype is f or d. `few`: for few channels, that is less than loops.LANES."""
-    return _made.get((name, dtype, few)) or _make(name, dtype, few)
+def _loop(name: str, job: Job, few: bool = False) -> Any:
+    """A loop as machine code."""
+    key = _Key(name, job.dtype.char, job.boxes.dtype.char, few)
+    return _made.get(key) or _make(key)
 
 
-_made: dict[tuple[str, str, bool], Any] = {}
-
-
-def _make(name: str, dtype: str, few: bool) -> Any:
+def _make(key: _Key) -> Any:
     """Compiles a loop, or loads it from the cache on disk; once, whichever thread asks first."""
-    source = getattr(loops, name)
-    options = {key: source.targetoptions[key] for key in ("nogil", "error_model")}
-    signature = _signature(name, dtype, few)
-    with _lock, _cache_folder(dtype) as folder:
-        if (name, dtype, few) not in _made:
+    source, signature = getattr(loops, key.name), _signature(key)
+    options = {name: source.targetoptions[name] for name in ("nogil", "error_model")}
+    with _lock, _cache_folder(key) as folder:
+        if key not in _made:
             try:  # Numba would take another folder, that knows of changes to loops.py alone
                 os.makedirs(folder, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
-                _made[name, dtype, few] = numba.njit(signature, cache=True, **options)(source.py_func)
+                _made[key] = numba.njit(signature, cache=True, **options)(source.py_func)
             except (OSError, RuntimeError):  # one that cannot be written to
-                _made[name, dtype, few] = numba.njit(signature, **options)(source.py_func)
-        return _made[name, dtype, few]
+                _made[key] = numba.njit(signature, **options)(source.py_func)
+        return _made[key]
 
 
 @contextlib.contextmanager
-def _cache_folder(dtype: str) -> Iterator[str]:
+def _cache_folder(key: _Key) -> Iterator[str]:
     """Numba's cache, in a folder of these very sources.
 
     By itself Numba looks whether the file of a function has changed, but not those of functions that it calls. And two
-    processes that compile one function for two dtypes at the same time would spoil each other's entries.
+    processes that compile one function for other types at the same time would spoil each other's entries.
     """
     digest = hashlib.sha256()
     for module in (geometry, rules, loops):
         digest.update(Path(str(module.__file__)).read_bytes())
     before = _config.CACHE_DIR
     base = before or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cupy_roialign")
-    _config.CACHE_DIR = os.path.join(base, digest.hexdigest()[:16], dtype)
+    _config.CACHE_DIR = os.path.join(base, digest.hexdigest()[:16], f"{key.dtype}{key.real}{key.few:d}")
     try:
         yield _config.CACHE_DIR
     finally:
@@ -119,31 +119,11 @@ def _cache_folder(dtype: str) -> Iterator[str]:
 
 
 def compile_all() -> None:
-    for (name, few), dtype in itertools.product(NAMES, "fd"):
-        _loop(name, dtype, few)
+    for name, dtype, few in itertools.product(NAMES, "fd", (False, True)):
+        _make(_Key(name, dtype, dtype, few and name != "rows"))
 
 
-# ---- rows ----
-
-
-def rows(
-    rule: Rule, low: np.ndarray, high: np.ndarray, sizes: Sequence[int], slopes: bool, dtype: np.dtype
-) -> Rows:
-    """`Rows`, the same as those of weights.py; there may be room behind the entries."""
-    (y, x), count, bins = weights.most_entries(rule, low, high, sizes), low.shape[1], rule.bins
-    room, most = (
-        (count * (bins[0] * y + bins[1] * x), max(y, x))
-        if rule.sampling_ratio
-        else (int((bins[0] * y + bins[1] * x).sum()), int(max(y.max(), x.max())))
-    )
-    found = (
-        np.empty(count * (bins[0] + bins[1]) + 1, np.int64),
-        np.empty((2, 2, count), np.int64),
-        np.empty(room, np.int64),
-        np.empty((3 if slopes else 1, room)),
-    )
-    most = _loop("rows", low.dtype.char)(_spec(rule), low, high, sizes, bins, *found, np.empty((3, most)))
-    return Rows(*found[:3], found[3].astype(dtype, copy=False), most)
+NAMES = ("rows", "crops", "spread", "slopes")
 
 
 def _spec(rule: Rule) -> _Spec:
@@ -151,140 +131,218 @@ def _spec(rule: Rule) -> _Spec:
     return _Spec(frame, taps, border, rule.spatial_scale, rule.sampling_ratio, rule.aligned)
 
 
+def _rows(job: Job, some: slice, slopes: bool) -> Rows:
+    """`Rows`, the same as those of weights.py; there may be room behind the entries."""
+    rule, like = job.rule, np.empty(0, job.dtype)
+    begin, extent, pixel, values, y, x = _loop("rows", job)(
+        _spec(rule), job.boxes[some], rule.columns, job.shape[2:], rule.bins, slopes, like
+    )
+    return Rows(begin, extent, pixel, values, (y, x))
+
+
 # ---- the three functions ----
 
 
 def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
     """Writes the crops; 0 in bins without a sample."""
-    for some, of, terms in job.weights(rows):
-        cost, leveled = _pixels(job, of) * job.shape[1] * len(terms), bool(job.directions)
-        parts = _parts(job, some, of, features, cost, each_box=leveled)
-        if not any(part.in_place for part in parts):
-            output[some][~_touching(of)] = 0
+    lines, cost = None if job.directions else _in_place(job, features), _cost(job)
+    for some, of, terms in job.weights(_rows):
+        images, out = job.images[some], output[some]
 
-        def work(part: _Part, of: Rows = of, terms: list[Term] = terms) -> None:
-            strips = part.strips(features, of if leveled else None)
-            for numbers in part.batches(cut=not part.in_place):
-                made = part.crops_of(output, numbers, write=True)
+        def here(part: slice) -> None:
+            _call("crops", job, lines, _numbers(part), images, of, terms[0], False, lines.flat(out[part]))
+
+        def there(window: _Window) -> None:
+            strips = window.strips(features)
+            for numbers in window.batches():
+                made = np.zeros((len(numbers), *job.rule.bins, window.channels.stop - window.channels.start), job.dtype)
                 for strip in strips:
                     for term in terms:
-                        _call("crops", part, of, term, strip, numbers, not part.in_place, made)
-                if not part.in_place:
-                    pixels = made.reshape(len(numbers), *job.rule.bins, -1)
-                    output[part.start + numbers, part.channels] = pixels.transpose(0, 3, 1, 2)
+                        _call("crops", job, strip, numbers, window.images, of, term, True, made.reshape(-1))
+                out[numbers, window.channels] = made.transpose(0, 3, 1, 2)
 
-        threads.run(work, parts, cost)
+        if lines:
+            threads.run(here, threads.parts(len(out), cost), cost)
+        else:
+            out[~_touching(of)] = 0
+            threads.run(there, _windows(job, images, of, leveled=bool(job.directions)), cost)
 
 
 def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
     """Adds the feature gradient, box after box."""
-    for some, of, terms in job.weights(rows):
-        cost = _pixels(job, of) * job.shape[1] * len(terms)
-        owned: dict[Any, list[_Part]] = {}  # by the part of the features that they add to
-        for part in _parts(job, some, of, total, cost, bands=True):
-            owned.setdefault((part.image, part.channels.start, part.in_place and part.rows.start), []).append(part)
+    lines, cost = _in_place(job, total), _cost(job)
+    for some, of, terms in job.weights(_rows):
+        images, grads = job.images[some], grad[some]
 
-        def work(own: list[_Part], of: Rows = of, terms: list[Term] = terms) -> None:
-            for part in own:
-                for strip in part.strips(total, add=True):
-                    for numbers in part.batches():
-                        grads = part.crops_of(grad, numbers)
+        def here(rows: slice) -> None:
+            band = lines.between(rows)
+            for part in lines.batches(job, slice(0, len(grads))):
+                crops = lines.flat(grads[part], job.dtype)
+                for term in terms:
+                    _call("spread", job, band, _numbers(part), images, of, term, crops)
+
+        def there(windows: list[_Window]) -> None:
+            for window in windows:
+                for strip in window.strips(total, add=True):
+                    for numbers in window.batches():
+                        crops = strip.flat(grads[numbers, window.channels], job.dtype)
                         for term in terms:
-                            _call("spread", part, of, term, strip, numbers, grads)
+                            _call("spread", job, strip, numbers, window.images, of, term, crops)
 
-        threads.run(work, owned.values(), cost)
+        if lines:
+            threads.run(here, threads.parts(total.shape[2], cost), cost)
+        else:
+            owned: dict[Any, list[_Window]] = {}  # by the part of the features that they add to
+            for window in _windows(job, images, of, bands=True):
+                owned.setdefault((window.image, window.channels.start), []).append(window)
+            threads.run(there, owned.values(), cost)
 
 
 def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray) -> None:
     """Adds to `sums`, (K, 4), the gradients with respect to y's start and step, and x's."""
-    for some, of, terms in job.weights(rows, slopes=True):
-        cost = 4 * _pixels(job, of) * job.shape[1] * len(terms)
-        parts = _parts(job, some, of, features, cost, alike=True)
-        found = [np.zeros((len(terms), len(part.boxes), 4)) for part in parts]
+    lines, cost = _in_place(job, features, alike=True), 4 * _cost(job)
+    for some, of, terms in job.weights(_rows, slopes=True):
+        images, grads = job.images[some], grad[some]
 
-        def work(item: tuple[_Part, np.ndarray], of: Rows = of, terms: list[Term] = terms) -> None:
-            part, found_of = item
-            strips, first = part.strips(features), 0
-            for numbers in part.batches():
-                grads, levels = part.crops_of(grad, numbers), part.levels(of, features, numbers)
-                last = first + len(numbers)
-                for strip in strips:
-                    products = np.empty((4, job.rule.bins[1] * strip.where[1]))
-                    for term, to in zip(terms, found_of, strict=True):
-                        rest = of.values, levels, grads, products, to[first:last]
-                        _call("slopes", part, of, term, strip, numbers, *rest)
-                first = last
+        found = np.zeros((len(terms), len(grads), 4))
 
-        threads.run(work, zip(parts, found, strict=True), cost)
-        for part, found_of in zip(parts, found, strict=True):
-            for axes, to in zip(job.free_axes(), found_of, strict=True):
-                for axis in axes:
-                    sums[part.start + part.boxes, 2 * axis : 2 * axis + 2] += to[:, 2 * axis : 2 * axis + 2]
+        def here(part: slice) -> None:
+            for own in lines.batches(job, part):
+                numbers, crops = _numbers(own), lines.flat(grads[own], job.dtype)
+                levels = _levels(job, features, images[own], of, numbers)
+                for term, to in zip(terms, found, strict=True):
+                    _call("slopes", job, lines, numbers, images, of, term, of.values, levels, crops, to)
 
+        def there(windows: list[_Window]) -> None:
+            for window in windows:
+                strips = window.strips(features)
+                for numbers in window.batches():
+                    crops = grads[numbers, window.channels]
+                    levels = _levels(job, features[:, window.channels], window.image, of, numbers)
+                    for strip in strips:
+                        flat = strip.flat(crops, job.dtype)
+                        for term, to in zip(terms, found, strict=True):
+                            _call("slopes", job, strip, numbers, window.images, of, term, of.values, levels, flat, to)
 
-def _call(name: str, part: _Part, of: Rows, term: Term, strip: _Strip, numbers: np.ndarray, *rest: Any) -> None:
-    """Runs a loop, with memory for what it holds of a box."""
-    (_, channels, _, width, *_), bins, (most_y, most_x) = strip.where, part.job.rule.bins, of.most
-    few, dtype = channels < loops.LANES, part.job.dtype
-    indices, lines = _SCRATCH[name, few]
-    pixels = max(min(loops.FAR * most_x, width // channels), most_x) + bins[1] + 2
-    scratch = (
-        np.empty((indices, (most_x + bins[1] + 2) * (channels if few else 1)), np.uint32),
-        np.empty((2, max(most_y, most_x) + 3), np.uint64),
-        np.empty((lines, max(pixels * channels, most_y)), dtype),
-    )
-    loop, images = _loop(name, dtype.char, few), part.images(numbers)
-    loop(*strip, numbers, images, *of[:3], *term, bins, *scratch, few or None, *rest)
+        if lines:
+            threads.run(here, threads.parts(len(grads), cost), cost)
+        else:
+            owned: dict[Any, list[_Window]] = {}  # by their boxes, whose sums they add to
+            for window in _windows(job, images, of):
+                owned.setdefault((window.image, window.boxes[0]), []).append(window)
+            threads.run(there, owned.values(), cost)
+        for axes, to in zip(job.free_axes(), found, strict=True):
+            for axis in axes:
+                sums[some, 2 * axis : 2 * axis + 2] += to[:, 2 * axis : 2 * axis + 2]
 
 
-_SCRATCH = {
-    ("crops", False): (3, 3),
-    ("crops", True): (6, 5),
-    ("spread", False): (3, 3),
-    ("spread", True): (6, 5),
-    ("slopes", False): (7, 10),
-    ("slopes", True): (16, 16),
-}
-"""Rows of indices and of lines that a loop needs, for few channels or not."""
+def _cost(job: Job) -> int:
+    """About how many multiplications a call takes."""
+    (height, width), ratio = job.shape[2:], job.rule.sampling_ratio
+    if ratio:
+        pixels = len(job.boxes) * min(math.prod(job.rule.bins) * (2 * ratio) ** 2, height * width)
+    else:
+        sides = np.abs(job.edges[1] - job.edges[0]) * job.rule.spatial_scale + 1
+        pixels = int(np.nansum(np.minimum(sides, [[height], [width]]).prod(axis=0)))
+    return pixels * job.shape[1] * max(1, len(terms(len(job.directions))))
 
 
-# ---- what they are given ----
+def _call(
+    name: str, job: Job, strip: _Lines, numbers: np.ndarray, images: np.ndarray, of: Rows, term: Term, *rest: Any
+) -> None:
+    few, (begin, extent, pixel, _, most) = strip.where[1] < loops.LANES, of
+    loop = _loop(name, job, few)
+    loop(*strip, numbers, images, begin, extent, pixel, *term, job.rule.bins, most, True if few else None, *rest)
 
 
-class _Strip(NamedTuple):
-    """Lines to work on, as the loops take them."""
+def _numbers(part: slice) -> np.ndarray:
+    return np.arange(part.start, part.stop)
+
+
+def _levels(job: Job, features: np.ndarray, images: Any, of: Rows, numbers: np.ndarray) -> np.ndarray:
+    """(boxes, C): the first pixel that each box touches, where that is finite."""
+    y, x = (np.minimum(of.extent[axis, 0, numbers], job.shape[2 + axis] - 1) for axis in (0, 1))
+    levels = features[images, :, y, x].astype(job.dtype)
+    levels[~np.isfinite(levels)] = 0
+    return levels
+
+
+def _each(job: Job, channels: int) -> int:
+    """So many boxes that their crops stay in the cache."""
+    return max(1, BATCH // (math.prod(job.rule.bins) * channels * job.dtype.itemsize))
+
+
+# ---- features as they lie in memory ----
+
+
+class _Lines(NamedTuple):
+    """Features, or their gradient, as the loops take them."""
 
     lines: np.ndarray  # flat
     where: tuple[int, ...]
     """Planes of an image, channels of a pixel, height of a plane and numbers in a line; the image's row and column at
     which planes begin; the image's rows to work on, from and to."""
 
+    def between(self, rows: slice) -> _Lines:
+        return self._replace(where=(*self.where[:6], rows.start, rows.stop))
 
-class _Part(NamedTuple):
-    """Boxes to work on: in place, or in a window of an image that is brought over, for some channels."""
+    def flat(self, crops: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
+        """Crops in the order of the lines; with a dtype, a copy where they are of another one or in another order."""
+        crops = crops.transpose(0, 2, 3, 1) if self.where[1] > 1 else crops
+        return (np.require(crops, dtype, ["C", "A"]) if dtype else crops).reshape(-1)
+
+    def batches(self, job: Job, part: slice) -> Iterator[slice]:
+        each = _each(job, job.shape[1])
+        return (slice(first, min(first + each, part.stop)) for first in range(part.start, part.stop, each))
+
+
+def _in_place(job: Job, array: np.ndarray, alike: bool = False) -> _Lines | None:
+    """Features that are worked on as they are: pixels with their channels, or planes.
+
+    Each number of a plane is taken out of a line by itself. So of many channels pixels are better, even if they must be
+    brought over, unless that would be more work: for few crops of a large image, or a large plane.
+
+    Sums over channels come out alike only by the same way, whatever boxes there are: `alike` asks for that.
+    """
+    flags = array.flags
+    if array.dtype != job.dtype or not flags.aligned:
+        return None
+    (count, channels, height, width), (y, x), ratio = array.shape, job.rule.bins, job.rule.sampling_ratio
+    if not flags.c_contiguous:
+        pixels = array.transpose(0, 2, 3, 1)
+        if not pixels.flags.c_contiguous:
+            return None
+        return _Lines(pixels.reshape(-1), (1, channels, height, width * channels, 0, 0, 0, height))
+    if channels >= loops.LANES:
+        plane, taken = height * width, len(job.boxes) * y * min(2 * ratio * x if ratio else width + x, width + x)
+        large = plane * job.dtype.itemsize * (loops.GROUP if alike else 1) > weights.WORKSPACE
+        if not large and (alike or 2 * taken > count * plane):
+            return None
+    return _Lines(array.reshape(-1), (channels, 1, height, width, 0, 0, 0, height))
+
+
+class _Window(NamedTuple):
+    """Boxes that lie in a part of an image, which is brought over for some channels."""
 
     job: Job
-    in_place: tuple[np.ndarray, int, int] | None  # what `_flat` says of the features, or of their gradient
-    start: int  # of the group of boxes
-    boxes: np.ndarray  # numbers within the group
+    of: Rows
+    boxes: np.ndarray  # their numbers within the group
     image: int
     rows: range  # from the first to the last, in steps that the workspace holds
     columns: slice
     channels: slice
+    images: np.ndarray  # 0 for all boxes: the loops see one image alone
+    leveled: bool  # the level of a single box is taken off
 
-    def strips(self, array: np.ndarray, leveled: Rows | None = None, add: bool = False) -> Iterable[_Strip]:
-        """Where the boxes lie in (N, C, H, W); more than one for a single box only.
+    def strips(self, array: np.ndarray, add: bool = False) -> Iterable[_Lines]:
+        """Rows of the window of an (N, C, H, W) array as pixels; more than one strip for a single box only.
 
-        `leveled`: less the level of the box. `add`: what is brought over begins with 0, and is added in the end.
+        `add`: they begin with 0, and are added to the array in the end.
         """
-        if self.in_place:
-            (flat, planes, channels), (_, _, height, width) = self.in_place, array.shape
-            where = planes, channels, height, width * channels, 0, 0, self.rows.start, self.rows.stop
-            return [_Strip(flat, where)]
-        strips = self._brought_over(array, leveled, add)
+        strips = self._strips(array, add)
         return strips if add or len(self.rows) > 1 else list(strips)
 
-    def _brought_over(self, array: np.ndarray, leveled: Rows | None, add: bool) -> Iterator[_Strip]:
+    def _strips(self, array: np.ndarray, add: bool) -> Iterator[_Lines]:
         for top in self.rows:
             bottom = min(top + self.rows.step, self.rows.stop)
             window = array[self.image, self.channels, top:bottom, self.columns]
@@ -292,135 +350,53 @@ class _Part(NamedTuple):
             pixels = np.zeros((height, width, channels), self.job.dtype)
             if not add:
                 np.copyto(pixels.transpose(2, 0, 1), window, casting="unsafe")
-            if leveled:
-                pixels -= self.levels(leveled, array, self.boxes)
+            if self.leveled:
+                pixels -= _levels(self.job, array[:, self.channels], self.image, self.of, self.boxes)
             where = 1, channels, height, width * channels, top, self.columns.start, top, bottom
-            yield _Strip(pixels.reshape(-1), where)
+            yield _Lines(pixels.reshape(-1), where)
             if add:
                 window += pixels.transpose(2, 0, 1)
 
-    def levels(self, of: Rows, array: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """(boxes, C): the first pixel that each box touches, where that is finite."""
-        y, x = (np.minimum(of.extent[axis, 0, numbers], array.shape[2 + axis] - 1) for axis in (0, 1))
-        levels = array[self.job.images[self.start + numbers], self.channels, y, x].astype(self.job.dtype)
-        levels[~np.isfinite(levels)] = 0
-        return levels
-
-    def batches(self, cut: bool = True) -> list[np.ndarray]:
-        """The boxes, so many at a time that their crops stay in the cache."""
-        size = math.prod(self.job.rule.bins) * (self.channels.stop - self.channels.start) * self.job.dtype.itemsize
-        each = max(1, BATCH // size) if cut else len(self.boxes)
-        return [self.boxes[first : first + each] for first in range(0, len(self.boxes), each)]
-
-    def images(self, numbers: np.ndarray) -> np.ndarray:
-        """Those that the boxes lie in, counted from the strip's first."""
-        return self.job.images[self.start + numbers] if self.in_place else np.zeros(len(numbers), np.int64)
-
-    def crops_of(self, array: np.ndarray, numbers: np.ndarray, write: bool = False) -> np.ndarray:
-        """Crops, or gradients of them, flat and in the order of the lines; to `write`, in place or from 0 on."""
-        if self.in_place:
-            first = self.start + int(numbers[0])
-            pixels = array[first : first + len(numbers)]
-            pixels = pixels.transpose(0, 2, 3, 1) if self.in_place[2] > 1 else pixels
-        elif write:
-            count = len(numbers) * math.prod(self.job.rule.bins) * (self.channels.stop - self.channels.start)
-            return np.zeros(count, self.job.dtype)
-        else:
-            pixels = array[self.start + numbers, self.channels].transpose(0, 2, 3, 1)
-        return (pixels if write else np.require(pixels, self.job.dtype, ["C", "A"])).reshape(-1)
-
-
-def _flat(array: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int, int] | None:
-    """An (N, C, H, W) array's memory, planes of an image, and channels of a pixel.
-
-    None where elements are of another dtype, or neither planes nor pixels with their channels.
-    """
-    if array.dtype != dtype or not array.flags.aligned:
-        return None
-    if array.flags.c_contiguous:
-        return array.reshape(-1), array.shape[1], 1
-    pixels = array.transpose(0, 2, 3, 1)
-    return (pixels.reshape(-1), 1, array.shape[1]) if pixels.flags.c_contiguous else None
-
-
-def _pixels(job: Job, of: Rows) -> int:
-    """About how many pixels the boxes of a group touch, counted for each box."""
-    boxes = of.extent.shape[2]
-    along_y = int(of.begin[boxes * job.rule.bins[0]])
-    return along_y * (of.entries - along_y) // boxes
+    def batches(self) -> Iterator[np.ndarray]:
+        each = _each(self.job, self.channels.stop - self.channels.start)
+        return (self.boxes[first : first + each] for first in range(0, len(self.boxes), each))
 
 
 def _touching(of: Rows) -> np.ndarray:
+    """(K,) bool: whether boxes touch any pixel."""
     return (of.extent[:, 1] > of.extent[:, 0]).all(axis=0)
 
 
-def _in_place(job: Job, of: Rows, array: np.ndarray, alike: bool) -> tuple[np.ndarray, int, int] | None:
-    """What `_flat` says of the features, if they are worked on as they are.
+def _windows(
+    job: Job, images: np.ndarray, of: Rows, bands: bool = False, leveled: bool = False
+) -> list[_Window]:
+    """For the boxes of an image either the part that they all lie in, or a window for each: whichever is less to read.
 
-    Of planes each entry along x of each row of bins is a single number: these are compared with the pixels to bring
-    over, in accesses to memory. Few channels would leave a processor's lanes empty either way.
-
-    Sums over channels come out alike only by the same way, whatever boxes there are: `alike` asks for that.
+    `leveled`: always one for each, less the level of the box. `bands`: windows may lie over each other.
     """
-    lines, plane = _flat(array, job.dtype), job.shape[2] * job.shape[3]
-    if not lines or lines[2] > 1 or lines[1] < loops.LANES:
-        return lines
-    if plane * job.dtype.itemsize * (BLOCK if alike else 1) > weights.WORKSPACE:
-        return lines
-    numbers = (of.entries - int(of.begin[of.extent.shape[2] * job.rule.bins[0]])) * job.rule.bins[0]
-    return lines if not alike and 2 * numbers <= min(_pixels(job, of), job.shape[0] * plane) else None
-
-
-def _parts(
-    job: Job,
-    some: slice,
-    of: Rows,
-    array: np.ndarray,
-    cost: int,
-    bands: bool = False,
-    alike: bool = False,
-    each_box: bool = False,
-) -> list[_Part]:
-    """How to work on a group of boxes.
-
-    In place boxes are shared out among threads or, with `bands`, rows of the image. Where lines are brought over, it is
-    for the boxes of an image either the part that they all lie in, or a window for each: whichever is less to read;
-    for `each_box` it is always its own.
-    """
-    _, channels, height, width = job.shape
-    lines = None if each_box else _in_place(job, of, array, alike)
-    if lines:
-        every, columns = slice(0, channels), slice(0, width)
-        cut = threads.parts(height if bands else some.stop - some.start, cost)
-        boxes = [slice(0, some.stop - some.start)] if bands else cut
-        rows = [range(band.start, band.stop, height) for band in cut] if bands else [range(0, height, height)]
-        return [
-            _Part(job, lines, some.start, np.arange(own.start, own.stop), 0, of_rows, columns, every)
-            for own, of_rows in itertools.product(boxes, rows)
-        ]
-
-    first, stop, size = of.extent[:, 0], of.extent[:, 1], job.dtype.itemsize
-    images, touching, parts = job.images[some], _touching(of), []
+    channels, first, stop, size = job.shape[1], of.extent[:, 0], of.extent[:, 1], job.dtype.itemsize
+    touching, zeros, windows = _touching(of), np.zeros_like(images), []
 
     def add(image: int, boxes: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
         (y0, x0), (y1, x1) = low.tolist(), high.tolist()
-        block = min(BLOCK, channels)
-        if not bands:  # parts that add to the same pixels must agree on the channels
+        block = min(loops.GROUP, channels)
+        if not bands:  # windows that add to the same pixels must agree on the channels
             block = max(1, min(block, weights.WORKSPACE // ((y1 - y0) * (x1 - x0) * size)))
         step = max(1, weights.WORKSPACE // ((x1 - x0) * block * size))
         for c in range(0, channels, block):
             where = range(y0, y1, step), slice(x0, x1), slice(c, min(c + block, channels))
-            parts.append(_Part(job, None, some.start, boxes, image, *where))
+            windows.append(_Window(job, of, boxes, image, *where, zeros, leveled))
 
     for image in np.unique(images[touching]).tolist():
         boxes = np.flatnonzero((images == image) & touching)
         low, high = first[:, boxes].min(axis=1), stop[:, boxes].max(axis=1)
         # Each row costs about one cache line more than it has pixels.
-        each_read = ((stop - first)[:, boxes] + np.array([[0], [BLOCK]])).prod(axis=0).sum()
+        each_read = ((stop - first)[:, boxes] + np.array([[0], [loops.GROUP]])).prod(axis=0).sum()
         pixels = int((high - low).prod())
-        if not each_box and pixels <= each_read and pixels * min(BLOCK, channels) * size <= weights.WORKSPACE:
+        fits = pixels * min(loops.GROUP, channels) * size <= weights.WORKSPACE
+        if pixels <= each_read and fits and not leveled:
             add(image, boxes, low, high)
         else:
             for box in boxes.tolist():
                 add(image, np.array([box]), first[:, box], stop[:, box])
-    return parts
+    return windows

@@ -20,6 +20,9 @@ from cupy_roialign import geometry
 LANES = 8
 """Numbers that a processor multiplies at once. Bins of fewer channels are worked on as single numbers: see `pair_up`."""
 
+GROUP = 16
+"""Channels that are summed together, and brought over together: a cache line of float32."""
+
 FAR = 4
 """Up to this many pixels for each that is touched a line is read whole: pixels side by side are read together."""
 
@@ -57,19 +60,36 @@ def _type_of(array):
 loop = numba.njit(nogil=True, error_model="numpy")
 """Each operation is rounded as it is written: so results are the same whichever loop, and whichever processor."""
 
-part = numba.njit(inline="always")
-"""A part of each loop that calls it, compiled along with that: faster than on its own."""
+
+@loop
+def edges(boxes, columns, k, axis):
+    """Where a box begins and ends along an axis; NaN, if any of its coordinates is not finite."""
+    sound = True
+    for column in columns:
+        sound = sound and geometry.is_finite(boxes[k, column])
+    low, high = boxes[k, columns[axis]], boxes[k, columns[axis + 2]]
+    return (low, high) if sound else (low - low + np.nan, high - high + np.nan)
 
 
 @loop
-def rows(rule, low, high, sizes, bins, begin, extent, pixel, values, sums):
-    """Fills `Rows` but for `most`, which it returns. One row of `values`: without slopes."""
-    real, slopes, end, row, of_y, most = type_of(low), len(values) > 1, 0, 0, 0, 0
-    begin[0] = 0
+def rows(rule, boxes, columns, sizes, bins, slopes, like):
+    """The fields of `Rows`, with values like those of an array; the arrays of entries have some room behind."""
+    count, real = len(boxes), type_of(boxes)
+    room = widest = np.int64(0)
+    for axis in range(2):
+        for k in range(count):
+            low, high = edges(boxes, columns, k, axis)
+            entries = min(2 * geometry.affine(rule, low, high, bins[axis], sizes[axis], real)[2], sizes[axis])
+            room, widest = room + bins[axis] * entries, max(widest, entries)
+    begin, extent = np.empty(count * (bins[0] + bins[1]) + 1, np.int64), np.empty((2, 2, count), np.int64)
+    pixel, values = np.empty(room, np.int64), np.empty((3 if slopes else 1, room), like.dtype)
+    sums = np.empty((3, widest))
+    end = row = of_y = most = begin[0] = 0
     for axis in range(2):
         size, of_y, most = sizes[axis], most, 0
-        for k in range(low.shape[1]):
-            start, step, samples = geometry.affine(rule, low[axis, k], high[axis, k], bins[axis], size, real)
+        for k in range(count):
+            low, high = edges(boxes, columns, k, axis)
+            start, step, samples = geometry.affine(rule, low, high, bins[axis], size, real)
             share, base = 1.0 / samples, end
             extent[axis, 0, k], extent[axis, 1, k] = size, 0
             for p in range(bins[axis]):
@@ -77,7 +97,7 @@ def rows(rule, low, high, sizes, bins, begin, extent, pixel, values, sums):
                 first, stop = np.int64(0), np.int64(samples)
                 if samples > geometry.EVERY_SAMPLE:
                     first, stop = geometry.candidates(start, step, samples, origin, size, real)
-                count = 0
+                met = 0
                 for i in range(first, stop):
                     position = geometry.position(rule, origin, step, samples, i, real)
                     if not geometry.inside(rule, position, size):
@@ -89,18 +109,18 @@ def rows(rule, low, high, sizes, bins, begin, extent, pixel, values, sums):
                         if (tap == 1) != (step < 0):
                             at, weight, change = over, np.float64(fraction) * share, slope
                         # Positions go one way, so a pixel that was met before is one of the last two.
-                        entry = count - 1
-                        while entry >= 0 and entry >= count - 2 and pixel[head + entry] != at:
+                        entry = met - 1
+                        while entry >= 0 and entry >= met - 2 and pixel[head + entry] != at:
                             entry -= 1
-                        if entry < 0 or entry < count - 2:
-                            entry = count
-                            count += 1
+                        if entry < 0 or entry < met - 2:
+                            entry = met
+                            met += 1
                             pixel[head + entry] = at
                             sums[0, entry] = sums[1, entry] = sums[2, entry] = 0
                         sums[0, entry] += weight
                         sums[1, entry] += change
                         sums[2, entry] += change * lever
-                for entry in range(count):
+                for entry in range(met):
                     at = pixel[head + entry]
                     # The slopes of neighbours may have cancelled out.
                     if sums[0, entry] != 0 or (slopes and (sums[1, entry] != 0 or sums[2, entry] != 0)):
@@ -113,13 +133,22 @@ def rows(rule, low, high, sizes, bins, begin, extent, pixel, values, sums):
                 row += 1
                 begin[row] = end
             most = max(most, end - base)
-    return of_y, most
+    return begin, extent, pixel, values, of_y, most
 
 
 # ---- what a box reads ----
 
 
-@part
+@loop
+def memory(lines, channels, width, bins, most, few, values):
+    """What a loop holds of a box, with so many kinds of `values`: of entries, of lines' offsets, and of lines."""
+    entries, pixels = most[1] + bins[1] + 2, max(min(FAR * most[1], width // channels), most[1]) + bins[1] + 2
+    indices = np.empty((1 + 5 * values, entries * (channels if few else 1)), np.uint32)
+    offsets = np.empty((2, max(most[0], most[1]) + 3), np.uint64)
+    return indices, offsets, np.empty((4 + 4 * values, max(pixels * channels, most[0])), lines.dtype)
+
+
+@loop
 def set_line(begin, extent, pixel, k, row, bins, channels, x0, slots, starts):
     """The line of box `k`: how many pieces of `lines` it has, and the length of one.
 
@@ -140,7 +169,7 @@ def set_line(begin, extent, pixel, k, row, bins, channels, x0, slots, starts):
     return u64(stop - base), u64(channels)
 
 
-@part
+@loop
 def set_bins(begin, value, row, bins, slots, ends, places, weights):
     """The entries along x that have a weight: those of bin q end before ends[q + 1]."""
     n = ends[0] = 0
@@ -152,7 +181,7 @@ def set_bins(begin, value, row, bins, slots, ends, places, weights):
         ends[q + 1] = n
 
 
-@part
+@loop
 def pair_up(bins, channels, length, ends, places, weights, pairs, factors):
     """The entries along x of few channels by twos: number in the row of the crop, and two numbers in the line.
 
@@ -179,7 +208,7 @@ def pair_up(bins, channels, length, ends, places, weights, pairs, factors):
     return u64(count)
 
 
-@part
+@loop
 def set_lines(begin, pixel, value, row, top, bottom, y0, width, offsets, weights):
     """The lines from `top` to `bottom` that a bin along y reads, where they begin, and their weights. Returns how many."""
     n = 0
@@ -190,7 +219,7 @@ def set_lines(begin, pixel, value, row, top, bottom, y0, width, offsets, weights
     return n
 
 
-@part
+@loop
 def sum_lines(lines, at, n, offsets, weights, starts, pieces, piece, total):
     """The weighted sum of `n` lines, at least one."""
     odd = n % 2
@@ -207,7 +236,7 @@ def sum_lines(lines, at, n, offsets, weights, starts, pieces, piece, total):
                 total[to + i] += a * lines[of + y + i] + b * lines[of + z + i]
 
 
-@part
+@loop
 def take_bins(total, bins, channels, ends, places, weights, crop, at):
     """Adds the bins of a line to a row of a crop."""
     size = u64(channels)
@@ -224,7 +253,7 @@ def take_bins(total, bins, channels, ends, places, weights, crop, at):
                 crop[out + c] += v * total[a + c]
 
 
-@part
+@loop
 def take_pairs(total, size, count, pairs, factors, crop, at):
     """The same of few channels, in the same order."""
     for i in range(size):
@@ -233,18 +262,62 @@ def take_pairs(total, size, count, pairs, factors, crop, at):
         crop[at + pairs[0, i]] += factors[0, i] * total[pairs[1, i]] + factors[1, i] * total[pairs[2, i]]
 
 
+@loop
+def give_bins(grads, at, bins, channels, ends, places, weights, line):
+    """Adds a row of bins to a line."""
+    size = u64(channels)
+    for q in range(bins):
+        of = at + u64(q) * size
+        for entry in range(ends[q], ends[q + 1]):
+            to, a = u64(places[entry]), weights[entry]
+            for c in range(size):
+                line[to + c] += a * grads[of + c]
+
+
+@loop
+def give_pairs(grads, at, count, pairs, factors, line):
+    for i in range(count):
+        grad = grads[at + pairs[0, i]]
+        line[pairs[1, i]] += factors[0, i] * grad
+        line[pairs[2, i]] += factors[1, i] * grad
+
+
+@loop
+def add_lines(lines, at, n, offsets, weights, starts, pieces, piece, line):
+    """Adds a line to the `n` that a bin touches."""
+    for e in range(n):
+        a = weights[e]
+        for s in range(pieces):
+            to, of = at + offsets[e] + starts[s], s * piece
+            for i in range(piece):
+                lines[to + i] += a * line[of + i]
+
+
+@loop
+def less_level(lines, at, starts, pieces, piece, level, line):
+    for s in range(pieces):
+        of, to = at + starts[s], s * piece
+        for i in range(piece):
+            line[to + i] = lines[of + i] - level[to + i]
+
+
+@loop
+def add(line, length, weight, total):
+    if weight != 0:
+        for i in range(length):
+            total[i] += weight * line[i]
+
+
 # ---- the three functions ----
 
 
 @loop
-def crops(
-    lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, indices, offsets, scratch, few, again,
-    out,
-):  # fmt: skip
-    """Crops of the boxes `numbers`, which lie in `images`. `again`: they are added to `out`."""
+def crops(lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, most, few, again, out):
+    """Crops of the boxes `numbers`. `images`: of all boxes. `again`: they are added to `out`."""
     planes, channels, height, width, y0, x0, top, bottom = where
-    slots, ends, places, total, weights = indices[0], indices[1], indices[2], scratch[0], scratch[1]
-    starts, of, weights_y = offsets[0], offsets[1], scratch[2]
+    indices, offsets, scratch = memory(lines, channels, width, bins, most, few is not None, 1)
+    slots, ends, places, pairs, starts, of = indices[0], indices[1], indices[2], indices[3:], offsets[0], offsets[1]
+    weights_y, total, weights, factors = scratch[0], scratch[4], scratch[5], scratch[6:]
     size, first_x = u64(bins[1] * channels), extent.shape[2] * bins[0]
     for j in range(len(numbers)):
         k = numbers[j]
@@ -252,10 +325,10 @@ def crops(
         pieces, piece = set_line(begin, extent, pixel, k, row, bins[1], channels, x0, slots, starts)
         set_bins(begin, value_x, row, bins[1], slots, ends, places, weights)
         if few is not None:
-            count = pair_up(bins[1], channels, pieces * piece, ends, places, weights, indices[3:], scratch[3:])
+            count = pair_up(bins[1], channels, pieces * piece, ends, places, weights, pairs, factors)
             total[pieces * piece] = 0
         for plane in range(planes):
-            at = u64((images[j] * planes + plane) * height * width)
+            at = u64((images[k] * planes + plane) * height * width)
             for p in range(bins[0]):
                 to = u64((j * planes + plane) * bins[0] + p) * size
                 for i in range(u64(0) if again else size):
@@ -265,20 +338,19 @@ def crops(
                     continue
                 sum_lines(lines, at, n, of, weights_y, starts, pieces, piece, total)
                 if few is not None:
-                    take_pairs(total, size, count, indices[3:], scratch[3:], out, to)
+                    take_pairs(total, size, count, pairs, factors, out, to)
                 else:
                     take_bins(total, bins[1], channels, ends, places, weights, out, to)
 
 
 @loop
-def spread(
-    lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, indices, offsets, scratch, few, grads,
-):  # fmt: skip
+def spread(lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, most, few, grads):
     """Adds the feature gradient of boxes to lines from `top` to `bottom`, box after box."""
     planes, channels, height, width, y0, x0, top, bottom = where
-    slots, ends, places, pairs = indices[0], indices[1], indices[2], indices[3:]
-    starts, of, line, weights, weights_y, factors = offsets[0], offsets[1], scratch[0], scratch[1], scratch[2], scratch[3:]
-    size, first_x = u64(channels), extent.shape[2] * bins[0]
+    indices, offsets, scratch = memory(lines, channels, width, bins, most, few is not None, 1)
+    slots, ends, places, pairs, starts, of = indices[0], indices[1], indices[2], indices[3:], offsets[0], offsets[1]
+    weights_y, line, weights, factors = scratch[0], scratch[4], scratch[5], scratch[6:]
+    size, first_x = u64(bins[1] * channels), extent.shape[2] * bins[0]
     for j in range(len(numbers)):
         k = numbers[j]
         row = first_x + k * bins[1]
@@ -287,47 +359,36 @@ def spread(
         if few is not None:
             count = pair_up(bins[1], channels, pieces * piece, ends, places, weights, pairs, factors)
         for plane in range(planes):
-            at = u64((images[j] * planes + plane) * height * width)
+            at = u64((images[k] * planes + plane) * height * width)
             for p in range(bins[0]):
                 n = set_lines(begin, pixel, value_y, k * bins[0] + p, top, bottom, y0, width, of, weights_y)
                 if n == 0 or ends[bins[1]] == 0:
                     continue
-                grad = u64((j * planes + plane) * bins[0] + p) * u64(bins[1]) * size
                 for i in range(pieces * piece):
                     line[i] = 0
+                grad = u64((j * planes + plane) * bins[0] + p) * size
                 if few is not None:
-                    for i in range(count):
-                        number = grads[grad + pairs[0, i]]
-                        line[pairs[1, i]] += factors[0, i] * number
-                        line[pairs[2, i]] += factors[1, i] * number
+                    give_pairs(grads, grad, count, pairs, factors, line)
                 else:
-                    for q in range(bins[1]):
-                        for entry in range(ends[q], ends[q + 1]):
-                            to, a = u64(places[entry]), weights[entry]
-                            for c in range(size):
-                                line[to + c] += a * grads[grad + u64(q) * size + c]
-                for e in range(n):
-                    for s in range(pieces):
-                        to, a = at + of[e] + starts[s], weights_y[e]
-                        for i in range(piece):
-                            lines[to + i] += a * line[s * piece + i]
+                    give_bins(grads, grad, bins[1], channels, ends, places, weights, line)
+                add_lines(lines, at, n, of, weights_y, starts, pieces, piece, line)
 
 
 @loop
 def slopes(
-    lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, indices, offsets, scratch, few, values,
-    levels, grads, products, found,
+    lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, most, few, values, levels, grads, found
 ):  # fmt: skip
-    """The gradient of boxes with respect to start and step along y, and along x; it is added to `found`.
+    """Adds the gradients of boxes with respect to start and step along y, and along x, to `found`, (K, 4).
 
     Each is the sum over crops by weights that follow the box so, times the gradient of each crop. Changes of weights
     sum to 0: so a level of the features changes nothing but what rounding leaves of a slope, and is taken off.
     """
     planes, channels, height, width, y0, x0, top, bottom = where
+    indices, offsets, scratch = memory(lines, channels, width, bins, most, few is not None, 3)
     slots, ends, places, starts = indices[0], indices[1:4], indices[4:7], offsets[0]
     line, level, crop, grad, total, weights = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4:7], scratch[7:10]
-    size, first_x = u64(channels), extent.shape[2] * bins[0]
-    every = u64(bins[1]) * size
+    every, first_x = u64(bins[1] * channels), extent.shape[2] * bins[0]
+    products, group = np.empty((4, bins[1] * channels)), np.zeros(4)
     for j in range(len(numbers)):
         k = numbers[j]
         row = first_x + k * bins[1]
@@ -336,18 +397,17 @@ def slopes(
         pieces, piece = set_line(begin, extent, pixel, k, row, bins[1], channels, x0, slots, starts)
         length = pieces * piece
         for v in range(3):
-            value = value_x if v == 0 else values[v]
-            set_bins(begin, value, row, bins[1], slots, ends[v], places[v], weights[v])
+            set_bins(begin, value_x if v == 0 else values[v], row, bins[1], slots, ends[v], places[v], weights[v])
             if few is not None:
                 pairs, factors = indices[7 + 3 * v :], scratch[10 + 2 * v :]
                 offsets[1, v] = pair_up(bins[1], channels, length, ends[v], places[v], weights[v], pairs, factors)
                 total[v, length] = 0
         for plane in range(planes):
-            at = u64((images[j] * planes + plane) * height * width)
+            at = u64((images[k] * planes + plane) * height * width)
             products[:] = 0
-            for s in range(length // size):
-                for c in range(size):
-                    level[s * size + c] = levels[j, u64(plane) + c]
+            for s in range(length // u64(channels)):
+                for c in range(u64(channels)):
+                    level[s * u64(channels) + c] = levels[j, u64(plane) + c]
             for p in range(bins[0]):
                 first, stop = begin[k * bins[0] + p], begin[k * bins[0] + p + 1]
                 if first == stop:
@@ -356,22 +416,16 @@ def slopes(
                     for i in range(length):
                         total[v, i] = 0
                 for entry in range(first, stop):
-                    if not top <= pixel[entry] < bottom:
-                        continue
-                    for s in range(pieces):
-                        of, to = at + u64((pixel[entry] - y0) * width) + starts[s], s * piece
-                        for i in range(piece):
-                            line[to + i] = lines[of + i] - level[to + i]
-                    for v in range(3):
-                        a = value_y[entry] if v == 0 else values[v, entry]
-                        if a != 0:
-                            for i in range(length):
-                                total[v, i] += a * line[i]
-                for q in range(bins[1]):  # what a bin without a sample has does not count
-                    of = u64((j * planes + plane) * bins[0] + p) * every + u64(q) * size
-                    for c in range(size):
-                        sampled = begin[row + q] < begin[row + q + 1]
-                        grad[u64(q) * size + c] = grads[of + c] if sampled else 0
+                    if top <= pixel[entry] < bottom:
+                        of = at + u64((pixel[entry] - y0) * width)
+                        less_level(lines, of, starts, pieces, piece, level, line)
+                        for v in range(3):
+                            add(line, length, value_y[entry] if v == 0 else values[v, entry], total[v])
+                of = u64((j * planes + plane) * bins[0] + p) * every
+                for q in range(bins[1]):
+                    sampled = begin[row + q] < begin[row + q + 1]  # what another bin has does not count
+                    for c in range(u64(q * channels), u64((q + 1) * channels)):
+                        grad[c] = grads[of + c] if sampled else 0
                 for column in range(4):
                     y, x = (column + 1, 0) if column < 2 else (0, column - 1)
                     for i in range(every):
@@ -383,6 +437,11 @@ def slopes(
                         take_bins(total[y], bins[1], channels, ends[x], places[x], weights[x], crop, u64(0))
                     for i in range(every):
                         products[column, i] += np.float64(grad[i] * crop[i])
-            for column in range(4):
-                for i in range(every):
-                    found[j, column] += products[column, i]
+            # By channels, and groups of these: so it is the same sum whether they come one by one or together.
+            for c in range(channels):
+                for column in range(4):
+                    for q in range(bins[1]):
+                        group[column] += products[column, q * channels + c]
+                    if (plane + c) % GROUP == GROUP - 1 or plane + c == planes * channels - 1:
+                        found[k, column] += group[column]
+                        group[column] = 0

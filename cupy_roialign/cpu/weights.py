@@ -6,6 +6,8 @@ held together as compressed rows.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
@@ -46,22 +48,21 @@ class Rows(NamedTuple):
         return k * bins[0] if axis == 0 else self.extent.shape[2] * bins[0] + k * bins[1]
 
 
-Build = Callable[[Rule, np.ndarray, np.ndarray, Sequence[int], bool, np.dtype], Rows]
-"""Rows of boxes: rule, low and high (2, K), pixels along each axis, with slopes?, dtype of the weights."""
+Build = Callable[["Job", slice, bool], Rows]
+"""Rows of some boxes of a job, with or without slopes."""
 
 Term = tuple[np.ndarray, np.ndarray]
 """What to take along y, and along x, in place of `Rows.values`: (E,) each."""
 
 
-class Job(NamedTuple):
+@dataclasses.dataclass
+class Job:
     """A call but for its features and gradients."""
 
     shape: tuple[int, ...]  # of the features
     dtype: np.dtype  # to compute in
-    low: np.ndarray  # (2, K) where boxes begin along y and x, in the precision of positions; NaN for broken boxes
-    high: np.ndarray  # (2, K) and where they end
+    boxes: np.ndarray  # (K, 4 or 5), in the precision of positions
     images: np.ndarray  # (K,) int64, in range
-    broken: np.ndarray | None  # (K,) bool: some coordinate is not finite; None: of no box
     rule: Rule
     directions: Sequence[np.ndarray]  # changes of the boxes, each like the boxes
 
@@ -71,18 +72,28 @@ class Job(NamedTuple):
     ) -> Job:
         name = arrays.dtype_name(features)
         real = geometry.precision(rule, name, arrays.dtype_name(boxes))
-        edges = _edges(rule, boxes).astype(real)
-        broken = None
-        if not math.isfinite(edges.sum()):
-            broken = ~np.isfinite(edges).all(axis=0)
-            edges[:, broken] = np.nan
         dtype = np.dtype(arrays.compute_name(name))
-        return cls(tuple(features.shape), dtype, edges[:2], edges[2:], images, broken, rule, directions)
+        return cls(tuple(features.shape), dtype, boxes.astype(real, copy=False), images, rule, directions)
 
-    @property
-    def boxes(self) -> int:
-        """K."""
-        return self.low.shape[1]
+    @functools.cached_property
+    def broken(self) -> np.ndarray | None:
+        """(K,) bool: some coordinate is not finite; None: of no box."""
+        if math.isfinite(self.boxes.sum()):
+            return None
+        return ~np.isfinite(self.boxes[:, self.rule.columns]).all(axis=1)
+
+    @functools.cached_property
+    def edges(self) -> np.ndarray:
+        """(2, 2, K): where boxes begin along y and x, and where they end; NaN for broken boxes."""
+        edges = _edges(self.rule, self.boxes)
+        if self.broken is not None:
+            edges[:, self.broken] = np.nan
+        return edges.reshape(2, 2, -1)
+
+    def axes(self, some: slice = slice(None)) -> Iterator[tuple[np.ndarray, np.ndarray, int, int]]:
+        """Along y and x: low and high of some boxes, bins and pixels."""
+        low, high = self.edges[:, :, some]
+        return zip(low, high, self.rule.bins, self.shape[2:], strict=True)
 
     def free_axes(self) -> list[list[int]]:
         """For each term of `weights` the axes that follow no direction: only these change with the boxes once more."""
@@ -90,9 +101,8 @@ class Job(NamedTuple):
 
     def sampled(self) -> list[np.ndarray]:
         """(K, bins) bool along y and x: whether a bin has a sample inside; of operators with one sample per bin."""
-        result = []
-        for low, high, bins, size in zip(self.low, self.high, self.rule.bins, self.shape[2:], strict=True):
-            real = low.dtype.type
+        result, real = [], self.boxes.dtype.type
+        for low, high, bins, size in self.axes():
             start, step, _ = geometry.affine(self.rule, low[:, None], high[:, None], bins, size, real)
             position = geometry.origin(start, step, np.arange(bins), real)
             result.append(geometry.inside(self.rule, position, size))
@@ -103,9 +113,11 @@ class Job(NamedTuple):
 
         With `slopes` the rows tell how weights follow the boxes.
         """
-        slopes = slopes or bool(self.directions)
         for some in self._groups():
-            rows = build(self.rule, self.low[:, some], self.high[:, some], self.shape[2:], slopes, self.dtype)
+            rows = build(self, some, slopes or bool(self.directions))
+            if not self.directions:
+                yield some, rows, [(rows.values[0], rows.values[0])]
+                continue
             changed = [self._along(rows, direction, some) for direction in self.directions]
             term = [tuple(rows.values[0] if d is None else changed[d] for d in t) for t in terms(len(self.directions))]
             yield some, rows, cast(list[Term], term)
@@ -122,34 +134,26 @@ class Job(NamedTuple):
 
     def slopes(self, some: slice) -> list[tuple[Any, Any, Any]]:
         """`geometry.edge_slopes` along y and x."""
-        real = self.low.dtype.type
-        return [
-            geometry.edge_slopes(self.rule, low[some], high[some], bins, size, real)
-            for low, high, bins, size in zip(self.low, self.high, self.rule.bins, self.shape[2:], strict=True)
-        ]
+        real = self.boxes.dtype.type
+        return [geometry.edge_slopes(self.rule, *axis, real) for axis in self.axes(some)]
 
     def _groups(self) -> Iterator[slice]:
         """Boxes whose rows fit into the workspace; a single one where they do not."""
-        each, most, start = 0, WORKSPACE // _ENTRY, 0
-        for bins, count in zip(self.rule.bins, most_entries(self.rule, self.low, self.high, self.shape[2:]), strict=True):
-            each = each + bins * count
-        if isinstance(each, int) and each * self.boxes <= most:
-            yield slice(0, self.boxes)
+        count, most, ratio, real = len(self.boxes), WORKSPACE // _ENTRY, self.rule.sampling_ratio, self.boxes.dtype.type
+        (y, x), (height, width) = self.rule.bins, self.shape[2:]
+        each: Any = y * (min(2 * ratio, height) if ratio else height) + x * (min(2 * ratio, width) if ratio else width)
+        if each * count <= most:
+            yield slice(0, count)
             return
-        ends = np.cumsum(np.broadcast_to(each, self.boxes))
-        while start < self.boxes:
+        if not ratio:
+            samples = [geometry.affine(self.rule, *axis, real)[2] for axis in self.axes()]
+            each = y * np.minimum(2 * samples[0], height) + x * np.minimum(2 * samples[1], width)
+        start, ends = 0, np.cumsum(np.broadcast_to(each, count))
+        while start < count:
             limit = most + (ends[start - 1] if start else 0)
             stop = max(start + 1, int(np.searchsorted(ends, limit, "right")))
             yield slice(start, stop)
             start = stop
-
-
-def most_entries(rule: Rule, low: np.ndarray, high: np.ndarray, sizes: Sequence[int]) -> list[Any]:
-    """At most how many entries a bin has along y and x: (K,) each, or one number for all boxes."""
-    if rule.sampling_ratio:
-        return [min(2 * rule.sampling_ratio, size) for size in sizes]
-    along = zip(low, high, rule.bins, sizes, strict=True)
-    return [np.minimum(2 * geometry.affine(rule, *axis, low.dtype.type)[2], axis[3]) for axis in along]
 
 
 def _edges(rule: Rule, boxes: np.ndarray) -> np.ndarray:
@@ -157,16 +161,14 @@ def _edges(rule: Rule, boxes: np.ndarray) -> np.ndarray:
     return boxes.T.take(rule.columns, axis=0)
 
 
-def rows(
-    rule: Rule, low: np.ndarray, high: np.ndarray, sizes: Sequence[int], slopes: bool, dtype: np.dtype
-) -> Rows:
+def rows(job: Job, some: slice, slopes: bool) -> Rows:
     """`Rows` by NumPy."""
-    along = [_rows(rule, *axis, slopes) for axis in zip(low, high, rule.bins, sizes, strict=True)]
+    along = [_rows(job.rule, *axis, slopes) for axis in job.axes(some)]
     ends, extents, pixels, values = zip(*along, strict=True)
     begin = np.concatenate([[0], *ends])
-    y, x = (int(np.diff(end[bins - 1 :: bins], prepend=0).max()) for end, bins in zip(ends, rule.bins, strict=True))
+    y, x = (int(np.diff(end[bins - 1 :: bins], prepend=0).max()) for end, bins in zip(ends, job.rule.bins, strict=True))
     begin[1 + len(ends[0]) :] += ends[0][-1]
-    return Rows(begin, np.stack(extents), np.concatenate(pixels), np.concatenate(values, axis=1).astype(dtype), (y, x))
+    return Rows(begin, np.stack(extents), np.concatenate(pixels), np.concatenate(values, axis=1).astype(job.dtype), (y, x))
 
 
 def _rows(
