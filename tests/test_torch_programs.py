@@ -229,6 +229,7 @@ def test_a_detector_head_learns():
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # NumPy's, of tensors in pictures
 def test_a_box_finds_its_place(main, tmp_path):
     pytest.importorskip("skimage")
     learn = example("learn_boxes")
