@@ -30,8 +30,9 @@ $(DEMO)/.ready: setup.cfg pyproject.toml
 notebooks: $(READY) ## run the notebooks in examples/ and keep their outputs
 	@$(BIN)/python -m tests.notebooks
 
+# A process for each core. What waits for a thread of OpenMP sleeps: it would take the core from another process.
 test: $(READY) ## run the whole test suite
-	@$(BIN)/python -m pytest -q
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 check: $(READY) ## lint, format and types
 	@$(BIN)/ruff check .

@@ -49,29 +49,6 @@ def on_gpu(name):
     return pytest.param(name, marks=pytest.mark.gpu)
 
 
-def pytest_collection_modifyitems(items):
-    """Those that wait for what is compiled in the background come last."""
-    items.sort(key=lambda item: "compiling" in item.fixturenames)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def begun(request):
-    """What test_compile.py compiles, from the first test of the session on, where its tests are among them."""
-    if not any("compiling" in item.fixturenames for item in request.session.items):
-        yield None
-        return
-    try:
-        import cuda.core  # noqa: F401
-    except ImportError:
-        yield None
-        return
-    from tests.test_compile import Compiling
-
-    compiling = Compiling()
-    yield compiling
-    compiling.end()
-
-
 @pytest.fixture(
     params=["plain", "compiled", "torch", "emulated", "emulated-torch", on_gpu("cupy"), on_gpu("cuda-torch")],
     scope="session",

@@ -1,8 +1,7 @@
 """NVRTC compiles every kernel that a backend can ask for; no driver is needed.
 
 Every instantiation is compiled for the newest architecture, those with float32 boxes and 32-bit offsets for the oldest,
-and the two largest kernels for those between. That is much work, which starts with the session and goes on beside all
-other tests: these come last (conftest.py).
+and the two largest kernels for those between.
 """
 
 import concurrent.futures
@@ -30,19 +29,14 @@ TOLD = re.compile(r"^ptxas (info| +\.).*$\n?", re.MULTILINE)
 USED = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores")
 OLD = re.compile(r"nvrtc: warning: Architectures prior to .* are deprecated.*")  # CUDA 12's
 
+SHARES = 4
+"""Of all instantiations, each of which one test compiles: two processes have the same to do."""
+
 MOST_STACK = 96
 """Bytes per thread of the stack. Arrays there are set up before the loops over channels; sums are in registers."""
 
 MOST_SPILLS = 48
 """Bytes per thread of registers that are kept in memory outside of the innermost loops."""
-
-
-def known(architecture):
-    """Whether this NVRTC compiles for it: CUDA 13's begins at 7.5."""
-    from cuda.bindings import nvrtc
-
-    _, numbers = nvrtc.nvrtcGetSupportedArchs()
-    return architecture in [f"sm_{number}" for number in numbers]
 
 
 def is_plain(types):
@@ -58,7 +52,8 @@ def compile_all(architecture, instantiations, quickly):
         std=kernels.OPTIONS[0].removeprefix("-std="),
         ftz=True,
         ofast_compile="max" if quickly else None,  # the same checks, less optimisation
-        ptxas_options=[] if quickly else ["-v"],
+        minimal=quickly or None,  # without what the kernels do not use
+        ptxas_options=["-O0"] if quickly else ["-v"],
     )
     problems = []
     for name, types in instantiations:
@@ -83,49 +78,23 @@ def compile_all(architecture, instantiations, quickly):
     return problems
 
 
-def _behind():
-    if hasattr(os, "nice"):
-        os.nice(10)  # the tests that run meanwhile go first
-
-
-class Compiling:
-    """Compiles for all architectures; to ask for the problems of one is to wait for them."""
-
-    def __init__(self):
-        context = multiprocessing.get_context("spawn")
-        # In processes of their own: NVRTC optimises less for good once it was told to.
-        self._pools = {
-            quickly: concurrent.futures.ProcessPoolExecutor(count, context, initializer=_behind)
-            for quickly, count in ((True, os.cpu_count()), (False, 1))
-        }
-        self.architectures = list(filter(known, ARCHITECTURES))
-        ends = self.architectures[0], self.architectures[-1]
-        self._running = {}
-        for architecture in ends:
-            some = [one for one in kernels.instantiations() if architecture == ends[1] or is_plain(one[1])]
-            shares = [some[i :: 4 * os.cpu_count()] for i in range(4 * os.cpu_count())]
-            self._running[architecture, True] = [
-                self._pools[True].submit(compile_all, architecture, share, True) for share in shares
-            ]
-        for architecture in self.architectures:
-            optimised = list(itertools.product(FILES, COMMON)) if architecture in ends else LARGEST
-            self._running[architecture, False] = [
-                self._pools[False].submit(compile_all, architecture, optimised, False)
-            ]
-
-    def problems(self, architecture, quickly):
-        return [problem for share in self._running[architecture, quickly] for problem in share.result()]
-
-    def end(self):
-        for pool in self._pools.values():
-            pool.shutdown(cancel_futures=True)
-
-
-@pytest.fixture
-def compiling(begun):
-    if begun is None:
+@pytest.fixture(scope="module")
+def architectures():
+    """Those that this NVRTC compiles for, the oldest first: CUDA 13's begins at 7.5."""
+    try:
+        import cuda.core  # noqa: F401
+    except ImportError:
         (pytest.fail if os.environ.get("CI") else pytest.skip)("no cuda-core, which compiles the kernels")
-    return begun
+    from cuda.bindings import nvrtc
+
+    _, numbers = nvrtc.nvrtcGetSupportedArchs()
+    return [name for name in ARCHITECTURES if name in [f"sm_{number}" for number in numbers]]
+
+
+def compile_apart(*args):
+    """What `compile_all` returns, from a process of its own: NVRTC optimises less for good once it was told to."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(compile_all, *args).result()
 
 
 def test_there_are_many_instantiations():
@@ -133,19 +102,26 @@ def test_there_are_many_instantiations():
     assert len(instantiations) == len(set(instantiations)) >= 100
 
 
-@pytest.mark.parametrize("end", [0, -1], ids=["oldest", "newest"])
-def test_every_instantiation(end, compiling):
-    assert compiling.problems(compiling.architectures[end], quickly=True) == []
+@pytest.mark.parametrize("share", range(SHARES))
+def test_every_instantiation(share, architectures):
+    assert compile_apart(architectures[-1], kernels.instantiations()[share::SHARES], True) == []
+
+
+def test_common_instantiations_for_the_oldest(architectures):
+    common = [(name, types) for name, types in kernels.instantiations() if is_plain(types)]
+    assert compile_apart(architectures[0], common, True) == []
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_with_full_optimisation(architecture, compiling):
-    if architecture not in compiling.architectures:
+def test_with_full_optimisation(architecture, architectures):
+    if architecture not in architectures:
         pytest.skip(f"this NVRTC does not compile for {architecture}")
-    assert compiling.problems(architecture, quickly=False) == []
+    ends = architectures[0], architectures[-1]
+    optimised = list(itertools.product(FILES, COMMON)) if architecture in ends else LARGEST
+    assert compile_apart(architecture, optimised, False) == []
 
 
-def test_a_fault_is_found(compiling, monkeypatch):
+def test_a_fault_is_found(architectures, monkeypatch):
     types = kernels.every_types()[0]
     original = kernels.read
     memory = "volatile int many[99]; for (int i = 0; i < 99; ++i) many[i] = n; to[0] = many[n];"

@@ -499,10 +499,11 @@ def test_exit_status_and_output(monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["problems"] == []
 
 
-def test_a_reader_that_closes_the_pipe():
+def test_a_reader_that_closes_the_pipe(tmp_path):
     """As `head` does."""
+    (tmp_path / "torch.py").write_text("raise OSError('which takes seconds')\n")
     command = [sys.executable, "-m", "cupy_roialign", "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     error = process.stderr.read()

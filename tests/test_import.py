@@ -157,10 +157,16 @@ def test_so_do_the_tests_for_a_gpu_until_they_run(monkeypatch):
 
 
 def test_adds_little_to_the_import_of_numpy():
-    """The goal is 50 ms; what is measured here is the processor's time inside one process, after NumPy's own import."""
-    code = "import numpy, time\nstart = time.process_time()\nimport cupy_roialign\nprint(time.process_time() - start)\n"
-    times = [float(run(code, guard=False).stdout) for _ in range(5)]
-    assert min(times) < 0.05, times
+    """The goal is 50 ms, where NumPy's own import takes 150 ms of the processor's time: what slows one slows both."""
+    code = (
+        "import time\ntimes = [time.process_time()]\n"
+        "import numpy\ntimes.append(time.process_time())\n"
+        "import cupy_roialign\ntimes.append(time.process_time())\n"
+        "print(times[1] - times[0], times[2] - times[1])\n"
+    )
+    times = [[float(number) for number in run(code, guard=False).stdout.split()] for _ in range(8)]
+    of_numpy, ours = map(min, zip(*times, strict=True))
+    assert ours < of_numpy / 3, times
 
 
 def test_public_names():

@@ -1,5 +1,7 @@
 """The CUDA kernels, on the emulated device and on a GPU."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -68,17 +70,16 @@ extern "C" __global__ void twin(const Arguments a) {
 """
 
 
-@pytest.mark.parametrize("size", [(33, 41), (1, 2)])
 @pytest.mark.parametrize("real", [np.float32, np.float64])
-def test_positions_are_the_same_to_the_bit(real, size, cupy):
-    """A million boxes over all rules, of which 10 are operators': geometry.cuh against geometry.py."""
+def test_positions_are_the_same_to_the_bit(real, cupy):
+    """A million boxes over all rules, of which 10 are operators', and two sizes: geometry.cuh against geometry.py."""
     name = np.dtype(real).name
     types = kernels.Types("float32", "float32", name, name, False, False)
     code = kernels.source("forward", types).replace(kernels.read("forward.cu"), TWIN)
     kernel = cupy.RawKernel(code, "twin")
     checked = 0
-    for rule in positions.RULES:
-        count = 70_000 if rule in positions.OPERATORS else 15_000
+    for rule, size in itertools.product(positions.RULES, [(33, 41), (1, 2)]):
+        count = 35_000 if rule in positions.OPERATORS else 7_500
         boxes = positions.adversarial_boxes(rule, count, real, size)
         expected = positions.expected_positions(rule, boxes, size)
         device, result = cupy.asarray(boxes), cupy.empty(expected.shape, real)

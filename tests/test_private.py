@@ -1,6 +1,7 @@
 """Without a private name of torch, things still work, if slower, or fail as private.py says."""
 
 import ast
+import functools
 import importlib
 from pathlib import Path
 
@@ -108,10 +109,15 @@ REFUSED = {
 }
 
 
+@functools.cache
+def with_all_names():
+    return {way: function(FEATURES, BOXES) for way, function in WAYS.items()}
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(("module", "name"), ALL, ids=[name for _, name in ALL])
 def test_without_a_name(module, name, without):
-    expected = {way: function(FEATURES, BOXES) for way, function in WAYS.items()}
+    expected = with_all_names()
     without((module, name))
     for way, function in WAYS.items():
         torch._dynamo.reset()
