@@ -64,12 +64,13 @@ def _signature(key: _Key) -> tuple[Any, ...]:
     boxes, written, found = array(real, 2, "A", readonly=True), array(number, 1, "C"), array(numba.float64, 2, "C")
     integers, read, table = (array(t, n, "C", readonly=True) for t, n in ((i, 1), (number, 1), (number, 2)))
     of = integers, array(i, 3, "C", readonly=True), integers, read, read
-    common = numba.types.UniTuple(i, 8), integers, integers, *of, pair, pair, numba.boolean if key.few else numba.none
+    scratch = array(numba.uint32, 2, "C"), array(numba.uint64, 2, "C"), array(number, 2, "C")
+    common = numba.types.UniTuple(i, 8), integers, integers, *of, pair, *scratch, numba.boolean if key.few else numba.none
     return {
         "rows": (spec, boxes, numba.types.UniTuple(i, 4), pair, pair, numba.boolean, read),
         "crops": (read, *common, numba.boolean, written),
         "spread": (written, *common, read),
-        "slopes": (read, *common, table, table, read, found),
+        "slopes": (read, *common, table, table, read, found, found),
     }[key.name]
 
 
@@ -198,8 +199,8 @@ def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
             threads.run(there, owned.values(), cost)
 
 
-def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray) -> None:
-    """Adds to `sums`, (K, 4), the gradients with respect to y's start and step, and x's."""
+def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, total: np.ndarray) -> None:
+    """Adds to `total`, (K, 4), the gradients with respect to y's start and step, and x's."""
     lines, cost = _in_place(job, features, alike=True), 4 * _cost(job)
     for some, of, terms in job.weights(_rows, slopes=True):
         images, grads = job.images[some], grad[some]
@@ -210,8 +211,9 @@ def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray)
             for own in lines.batches(job, part):
                 numbers, crops = _numbers(own), lines.flat(grads[own], job.dtype)
                 levels = _levels(job, features, images[own], of, numbers)
+                sums = np.empty((5, max(4, job.rule.bins[1] * lines.where[1])))
                 for term, to in zip(terms, found, strict=True):
-                    _call("slopes", job, lines, numbers, images, of, term, of.values, levels, crops, to)
+                    _call("slopes", job, lines, numbers, images, of, term, of.values, levels, crops, sums, to)
 
         def there(windows: list[_Window]) -> None:
             for window in windows:
@@ -219,10 +221,11 @@ def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray)
                 for numbers in window.batches():
                     crops = grads[numbers, window.channels]
                     levels = _levels(job, features[:, window.channels], window.image, of, numbers)
+                    sums = np.empty((5, max(4, job.rule.bins[1] * levels.shape[1])))
                     for strip in strips:
                         flat = strip.flat(crops, job.dtype)
                         for term, to in zip(terms, found, strict=True):
-                            _call("slopes", job, strip, numbers, window.images, of, term, of.values, levels, flat, to)
+                            _call("slopes", job, strip, numbers, window.images, of, term, of.values, levels, flat, sums, to)
 
         if lines:
             threads.run(here, threads.parts(len(grads), cost), cost)
@@ -233,7 +236,7 @@ def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray)
             threads.run(there, owned.values(), cost)
         for axes, to in zip(job.free_axes(), found, strict=True):
             for axis in axes:
-                sums[some, 2 * axis : 2 * axis + 2] += to[:, 2 * axis : 2 * axis + 2]
+                total[some, 2 * axis : 2 * axis + 2] += to[:, 2 * axis : 2 * axis + 2]
 
 
 def _cost(job: Job) -> int:
@@ -250,9 +253,17 @@ def _cost(job: Job) -> int:
 def _call(
     name: str, job: Job, strip: _Lines, numbers: np.ndarray, images: np.ndarray, of: Rows, term: Term, *rest: Any
 ) -> None:
-    few, (begin, extent, pixel, _, most) = strip.where[1] < loops.LANES, of
+    """Runs a loop, with memory for what it holds of a box."""
+    (_, channels, _, width, *_), (begin, extent, pixel, _, (most_y, most_x)), bins = strip.where, of, job.rule.bins
+    few, kinds = channels < loops.LANES, 3 if name == "slopes" else 1
+    pixels = max(min(loops.FAR * most_x, width // channels), most_x) + bins[1] + 2
+    scratch = (
+        np.empty((1 + 5 * kinds, (most_x + bins[1] + 2) * (channels if few else 1)), np.uint32),
+        np.empty((2, max(most_y, most_x) + 3), np.uint64),
+        np.empty((4 + 4 * kinds, max(pixels * channels, most_y)), job.dtype),
+    )
     loop = _loop(name, job, few)
-    loop(*strip, numbers, images, begin, extent, pixel, *term, job.rule.bins, most, True if few else None, *rest)
+    loop(*strip, numbers, images, begin, extent, pixel, *term, bins, *scratch, True if few else None, *rest)
 
 
 def _numbers(part: slice) -> np.ndarray:

@@ -140,15 +140,6 @@ def rows(rule, boxes, columns, sizes, bins, slopes, like):
 
 
 @loop
-def memory(lines, channels, width, bins, most, few, values):
-    """What a loop holds of a box, with so many kinds of `values`: of entries, of lines' offsets, and of lines."""
-    entries, pixels = most[1] + bins[1] + 2, max(min(FAR * most[1], width // channels), most[1]) + bins[1] + 2
-    indices = np.empty((1 + 5 * values, entries * (channels if few else 1)), np.uint32)
-    offsets = np.empty((2, max(most[0], most[1]) + 3), np.uint64)
-    return indices, offsets, np.empty((4 + 4 * values, max(pixels * channels, most[0])), lines.dtype)
-
-
-@loop
 def set_line(begin, extent, pixel, k, row, bins, channels, x0, slots, starts):
     """The line of box `k`: how many pieces of `lines` it has, and the length of one.
 
@@ -312,10 +303,9 @@ def add(line, length, weight, total):
 
 
 @loop
-def crops(lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, most, few, again, out):
+def crops(lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, indices, offsets, scratch, few, again, out):
     """Crops of the boxes `numbers`. `images`: of all boxes. `again`: they are added to `out`."""
     planes, channels, height, width, y0, x0, top, bottom = where
-    indices, offsets, scratch = memory(lines, channels, width, bins, most, few is not None, 1)
     slots, ends, places, pairs, starts, of = indices[0], indices[1], indices[2], indices[3:], offsets[0], offsets[1]
     weights_y, total, weights, factors = scratch[0], scratch[4], scratch[5], scratch[6:]
     size, first_x = u64(bins[1] * channels), extent.shape[2] * bins[0]
@@ -344,10 +334,9 @@ def crops(lines, where, numbers, images, begin, extent, pixel, value_y, value_x,
 
 
 @loop
-def spread(lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, most, few, grads):
+def spread(lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, indices, offsets, scratch, few, grads):
     """Adds the feature gradient of boxes to lines from `top` to `bottom`, box after box."""
     planes, channels, height, width, y0, x0, top, bottom = where
-    indices, offsets, scratch = memory(lines, channels, width, bins, most, few is not None, 1)
     slots, ends, places, pairs, starts, of = indices[0], indices[1], indices[2], indices[3:], offsets[0], offsets[1]
     weights_y, line, weights, factors = scratch[0], scratch[4], scratch[5], scratch[6:]
     size, first_x = u64(bins[1] * channels), extent.shape[2] * bins[0]
@@ -376,7 +365,8 @@ def spread(lines, where, numbers, images, begin, extent, pixel, value_y, value_x
 
 @loop
 def slopes(
-    lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, most, few, values, levels, grads, found
+    lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, indices, offsets, scratch, few,
+    values, levels, grads, sums, found,
 ):  # fmt: skip
     """Adds the gradients of boxes with respect to start and step along y, and along x, to `found`, (K, 4).
 
@@ -384,11 +374,11 @@ def slopes(
     sum to 0: so a level of the features changes nothing but what rounding leaves of a slope, and is taken off.
     """
     planes, channels, height, width, y0, x0, top, bottom = where
-    indices, offsets, scratch = memory(lines, channels, width, bins, most, few is not None, 3)
     slots, ends, places, starts = indices[0], indices[1:4], indices[4:7], offsets[0]
     line, level, crop, grad, total, weights = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4:7], scratch[7:10]
     every, first_x = u64(bins[1] * channels), extent.shape[2] * bins[0]
-    products, group = np.empty((4, bins[1] * channels)), np.zeros(4)
+    products, group = sums[:4], sums[4]
+    group[:4] = 0
     for j in range(len(numbers)):
         k = numbers[j]
         row = first_x + k * bins[1]
