@@ -160,7 +160,7 @@ def grad_output(name: str, value: Any, shape: tuple[int, ...]) -> None:
 def size(name: str, value: Any) -> tuple[int, int]:
     """An int or a pair of ints, at least 1: (height, width)."""
     pair = (value, value)
-    if (
+    if isinstance(value, tuple) or (
         not isinstance(value, int)
         and isinstance(value, Iterable)
         and not isinstance(value, (str, bytes, set, frozenset, dict))
@@ -305,7 +305,7 @@ def whole_indices(values: np.ndarray, images: int) -> np.ndarray:
             indices = nearest.astype(np.int64)
             good = indices.view(np.uint64) < images
             good &= abs(values - nearest) <= INDEX_NOISE  # which NaN and infinities are not
-    if not good.all():
+    if not np.logical_and.reduce(good):
         row = int(np.argmin(good))
         raise IndexError(f"the batch index of box {row} is {values[row]}; {_in_range(images)}")
     return indices

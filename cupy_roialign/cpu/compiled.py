@@ -65,24 +65,25 @@ def _signature(key: _Key) -> tuple[Any, ...]:
     integers, read, table = (array(t, n, "C", readonly=True) for t, n in ((i, 1), (number, 1), (number, 2)))
     of = integers, array(i, 3, "C", readonly=True), integers, read, read
     scratch = array(numba.uint32, 2, "C"), array(numba.uint64, 2, "C"), array(number, 2, "C")
+    four, made = numba.types.UniTuple(i, 4), (array(i, 1, "C"), array(i, 3, "C"))
     common = numba.types.UniTuple(i, 8), integers, integers, *of, pair, *scratch, numba.boolean if key.few else numba.none
     return {
-        "rows": (spec, boxes, numba.types.UniTuple(i, 4), pair, pair, numba.boolean, read),
+        "rows": (spec, boxes, four, pair, pair, *made, array(i, 1, "C"), array(number, 2, "C"), found),
         "crops": (read, *common, numba.boolean, written),
         "spread": (written, *common, read),
         "slopes": (read, *common, table, table, read, found, found),
     }[key.name]
 
 
-_made: dict[_Key, Any] = {}
+_made: dict[tuple[str, str, str, bool], Any] = {}
 
 _lock = threading.RLock()
 
 
 def _loop(name: str, job: Job, few: bool = False) -> Any:
     """A loop as machine code."""
-    key = _Key(name, job.dtype.char, job.boxes.dtype.char, few)
-    return _made.get(key) or _make(key)
+    key = name, job.dtype.char, job.boxes.dtype.char, few
+    return _made.get(key) or _make(_Key(*key))
 
 
 def _make(key: _Key) -> Any:
@@ -132,13 +133,15 @@ def _spec(rule: Rule) -> _Spec:
     return _Spec(frame, taps, border, rule.spatial_scale, rule.sampling_ratio, rule.aligned)
 
 
-def _rows(job: Job, some: slice, slopes: bool) -> Rows:
+def _rows(job: Job, some: slice, slopes: bool, room: int) -> Rows:
     """`Rows`, the same as those of weights.py; there may be room behind the entries."""
-    rule, like = job.rule, np.empty(0, job.dtype)
-    begin, extent, pixel, values, y, x = _loop("rows", job)(
-        _spec(rule), job.boxes[some], rule.columns, job.shape[2:], rule.bins, slopes, like
-    )
-    return Rows(begin, extent, pixel, values, (y, x))
+    rule, sizes, boxes = job.rule, job.shape[2:], job.boxes[some]
+    begin, pixel = np.empty(len(boxes) * (rule.bins[0] + rule.bins[1]) + 1, np.int64), np.empty(room, np.int64)
+    extent, values = np.empty((2, 2, len(boxes)), np.int64), np.empty((3 if slopes else 1, room), job.dtype)
+    sums = np.empty((3, min(2 * rule.sampling_ratio or max(sizes), max(sizes))))
+    loop = _loop("rows", job)
+    most = loop(_spec(rule), boxes, rule.columns, sizes, rule.bins, begin, extent, pixel, values, sums)
+    return Rows(begin, extent, pixel, values, most)
 
 
 # ---- the three functions ----

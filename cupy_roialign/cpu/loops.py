@@ -72,22 +72,13 @@ def edges(boxes, columns, k, axis):
 
 
 @loop
-def rows(rule, boxes, columns, sizes, bins, slopes, like):
-    """The fields of `Rows`, with values like those of an array; the arrays of entries have some room behind."""
-    count, real = len(boxes), type_of(boxes)
-    room = widest = np.int64(0)
-    for axis in range(2):
-        for k in range(count):
-            low, high = edges(boxes, columns, k, axis)
-            entries = min(2 * geometry.affine(rule, low, high, bins[axis], sizes[axis], real)[2], sizes[axis])
-            room, widest = room + bins[axis] * entries, max(widest, entries)
-    begin, extent = np.empty(count * (bins[0] + bins[1]) + 1, np.int64), np.empty((2, 2, count), np.int64)
-    pixel, values = np.empty(room, np.int64), np.empty((3 if slopes else 1, room), like.dtype)
-    sums = np.empty((3, widest))
+def rows(rule, boxes, columns, sizes, bins, begin, extent, pixel, values, sums):
+    """Fills `Rows` but for `most`, which it returns. One row of `values`: without slopes."""
+    slopes, real = len(values) > 1, type_of(boxes)
     end = row = of_y = most = begin[0] = 0
     for axis in range(2):
         size, of_y, most = sizes[axis], most, 0
-        for k in range(count):
+        for k in range(len(boxes)):
             low, high = edges(boxes, columns, k, axis)
             start, step, samples = geometry.affine(rule, low, high, bins[axis], size, real)
             share, base = 1.0 / samples, end
@@ -133,7 +124,7 @@ def rows(rule, boxes, columns, sizes, bins, slopes, like):
                 row += 1
                 begin[row] = end
             most = max(most, end - base)
-    return begin, extent, pixel, values, of_y, most
+    return of_y, most
 
 
 # ---- what a box reads ----

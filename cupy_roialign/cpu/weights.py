@@ -48,8 +48,8 @@ class Rows(NamedTuple):
         return k * bins[0] if axis == 0 else self.extent.shape[2] * bins[0] + k * bins[1]
 
 
-Build = Callable[["Job", slice, bool], Rows]
-"""Rows of some boxes of a job, with or without slopes."""
+Build = Callable[["Job", slice, bool, int], Rows]
+"""Rows of some boxes of a job, with or without slopes; at most so many entries."""
 
 Term = tuple[np.ndarray, np.ndarray]
 """What to take along y, and along x, in place of `Rows.values`: (E,) each."""
@@ -78,7 +78,7 @@ class Job:
     @functools.cached_property
     def broken(self) -> np.ndarray | None:
         """(K,) bool: some coordinate is not finite; None: of no box."""
-        if math.isfinite(self.boxes.sum()):
+        if math.isfinite(np.add.reduce(self.boxes, axis=None)):
             return None
         return ~np.isfinite(self.boxes[:, self.rule.columns]).all(axis=1)
 
@@ -113,8 +113,8 @@ class Job:
 
         With `slopes` the rows tell how weights follow the boxes.
         """
-        for some in self._groups():
-            rows = build(self, some, slopes or bool(self.directions))
+        for some, most in self._groups():
+            rows = build(self, some, slopes or bool(self.directions), most)
             if not self.directions:
                 yield some, rows, [(rows.values[0], rows.values[0])]
                 continue
@@ -137,13 +137,13 @@ class Job:
         real = self.boxes.dtype.type
         return [geometry.edge_slopes(self.rule, *axis, real) for axis in self.axes(some)]
 
-    def _groups(self) -> Iterator[slice]:
-        """Boxes whose rows fit into the workspace; a single one where they do not."""
+    def _groups(self) -> Iterator[tuple[slice, int]]:
+        """Boxes whose rows fit into the workspace, or a single one where they do not; and at most how many entries."""
         count, most, ratio, real = len(self.boxes), WORKSPACE // _ENTRY, self.rule.sampling_ratio, self.boxes.dtype.type
         (y, x), (height, width) = self.rule.bins, self.shape[2:]
         each: Any = y * (min(2 * ratio, height) if ratio else height) + x * (min(2 * ratio, width) if ratio else width)
         if each * count <= most:
-            yield slice(0, count)
+            yield slice(0, count), each * count
             return
         if not ratio:
             samples = [geometry.affine(self.rule, *axis, real)[2] for axis in self.axes()]
@@ -152,7 +152,7 @@ class Job:
         while start < count:
             limit = most + (ends[start - 1] if start else 0)
             stop = max(start + 1, int(np.searchsorted(ends, limit, "right")))
-            yield slice(start, stop)
+            yield slice(start, stop), int(ends[stop - 1] - (ends[start - 1] if start else 0))
             start = stop
 
 
@@ -161,7 +161,7 @@ def _edges(rule: Rule, boxes: np.ndarray) -> np.ndarray:
     return boxes.T.take(rule.columns, axis=0)
 
 
-def rows(job: Job, some: slice, slopes: bool) -> Rows:
+def rows(job: Job, some: slice, slopes: bool, _most: int) -> Rows:
     """`Rows` by NumPy."""
     along = [_rows(job.rule, *axis, slopes) for axis in job.axes(some)]
     ends, extents, pixels, values = zip(*along, strict=True)
