@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cupy_roialign as cr
-from cupy_roialign import geometry, rule
+from cupy_roialign import arrays, geometry, rule
 from cupy_roialign.cpu import backend, weights
 from tests.test_oracle import lay_out
 
@@ -55,13 +55,17 @@ def tried(request, monkeypatch):
     else:
         # as Python, so that calls can be counted
         monkeypatch.setattr(loops, "type_of", lambda array: array.dtype.type)
-        monkeypatch.setattr(compiled, "_loop", lambda name, dtype, few=False: getattr(loops, name).py_func)
-        build = compiled.rows
+        monkeypatch.setattr(loops, "edges", loops.edges.py_func)
+        monkeypatch.setattr(compiled, "_loop", lambda name, job: getattr(loops, name).py_func)
+        build = compiled._rows
 
     def run(case, low, high):
         counts.clear()
+        boxes = np.stack([low, low, high, high], axis=1)
+        features = arrays.ArraySpec((1, 1, SIZE, SIZE), (1, 1, 1, 1), low.dtype.name)
+        job = weights.Job.of(features, boxes, np.zeros(1, np.int64), case, ())
         with np.errstate(all="ignore"):
-            rows = build(case, np.stack([low, low]), np.stack([high, high]), (SIZE, SIZE), True, np.dtype(np.float32))
+            rows = build(job, slice(0, 1), True, 2 * BINS * SIZE)
         return rows, sum(counts) // 2
 
     return run

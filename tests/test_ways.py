@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cupy_roialign as cr
-from cupy_roialign import geometry, rule
+from cupy_roialign import arrays, geometry, rule
 from cupy_roialign.cpu import backend, threads, weights
 from tests import backends, tolerance
 from tests.positions import RULES, adversarial_boxes, expected_positions
@@ -135,15 +135,20 @@ def test_positions_are_the_same_to_the_bit(real, size):
 
 def test_rows_are_the_same_to_the_bit():
     rng = np.random.default_rng(3)
-    low = rng.uniform(-20, 60, (2, 500))
+    low = rng.uniform(-20, 60, (500, 2))
     high = low + rng.choice([-1, 1], low.shape) * np.exp(rng.uniform(-3, 12, low.shape))
+    boxes = np.concatenate([low, high], axis=1)
+    boxes[7, 2] = np.nan
     for case, real in itertools.product(CASES.values(), (np.float32, np.float64)):
-        unit = 40 if case.frame == rule.Frame.NORMALIZED else 1
-        edges = (low / unit).astype(real), (high / unit).astype(real)
+        some = (boxes / (40 if case.frame == rule.Frame.NORMALIZED else 1)).astype(real)
+        features = arrays.ArraySpec((1, 1, 41, 23), (1, 1, 1, 1), "float64" if real == np.float64 else "float32")
+        job = weights.Job.of(features, some, np.zeros(500, np.int64), case, ())
         for slopes in (False, True):
-            arguments = (case, *edges, (41, 23), slopes, np.dtype(np.float64))
             with np.errstate(all="ignore"):
-                expected, actual = weights.rows(*arguments), compiled.rows(*arguments)
+                expected, actual = (
+                    build(job, slice(3, 500), slopes, 500 * 41 * sum(case.bins))
+                    for build in (weights.rows, compiled._rows)
+                )
             np.testing.assert_array_equal(actual.begin, expected.begin)
             np.testing.assert_array_equal(actual.extent, expected.extent)
             assert actual.most == expected.most
@@ -390,17 +395,20 @@ def test_the_plain_way_needs_numpy_alone_and_starts_no_threads_of_blas():
     assert run(code, CUPY_ROIALIGN_COMPILED="0", OPENBLAS_NUM_THREADS="4") == "set()"
 
 
+ROWS = ("rows", "f", "f", False)
+
+
 def test_machine_code_is_kept_and_follows_its_sources(cache, monkeypatch):
-    compiled._loop("rows", "f")
+    compiled._make(compiled._Key(*ROWS))
     (first,) = cache.iterdir()
     kept = sorted(path.name for path in first.rglob("*.nbc"))
     assert kept
     compiled._made.clear()
-    again = compiled._loop("rows", "f")
+    again = compiled._make(compiled._Key(*ROWS))
     assert again.stats.cache_hits == {again.signatures[0]: 1}
     monkeypatch.setattr(geometry, "__file__", rule.__file__)  # as if geometry.py were another
     compiled._made.clear()
-    other = compiled._loop("rows", "f")
+    other = compiled._make(compiled._Key(*ROWS))
     assert len(list(cache.iterdir())) == 2
     assert not other.stats.cache_hits
     assert str(cache) == numba.config.CACHE_DIR
@@ -409,7 +417,7 @@ def test_machine_code_is_kept_and_follows_its_sources(cache, monkeypatch):
 def test_a_folder_that_cannot_be_written_to_is_done_without(cache, monkeypatch):
     (cache / "file").write_text("")
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(cache / "file" / "below"))
-    loop = compiled._loop("rows", "f")
+    loop = compiled._make(compiled._Key(*ROWS))
     assert loop.signatures
     assert not loop.stats.cache_path  # nor in a folder of Numba's own, which does not follow geometry.py
 

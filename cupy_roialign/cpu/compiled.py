@@ -7,6 +7,7 @@ integers, other strides and, since single channels of a pixel are slow, planes o
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hashlib
 import itertools
@@ -14,7 +15,7 @@ import math
 import os
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from cupy_roialign import geometry
 from cupy_roialign import rule as rules
 from cupy_roialign.cpu import loops, threads, weights
 from cupy_roialign.cpu.weights import Job, Rows, Term
-from cupy_roialign.rule import Rule, terms
+from cupy_roialign.rule import Rule
 
 BATCH = 2**18
 """Bytes of crops that are worked on at a time before they are brought back; they stay in the cache."""
@@ -66,7 +67,15 @@ def _signature(key: _Key) -> tuple[Any, ...]:
     of = integers, array(i, 3, "C", readonly=True), integers, read, read
     scratch = array(numba.uint32, 2, "C"), array(numba.uint64, 2, "C"), array(number, 2, "C")
     four, made = numba.types.UniTuple(i, 4), (array(i, 1, "C"), array(i, 3, "C"))
-    common = numba.types.UniTuple(i, 8), integers, integers, *of, pair, *scratch, numba.boolean if key.few else numba.none
+    common = (
+        numba.types.UniTuple(i, 8),
+        integers,
+        integers,
+        *of,
+        pair,
+        *scratch,
+        numba.boolean if key.few else numba.none,
+    )
     return {
         "rows": (spec, boxes, four, pair, pair, *made, array(i, 1, "C"), array(number, 2, "C"), found),
         "crops": (read, *common, numba.boolean, written),
@@ -89,7 +98,7 @@ def _loop(name: str, job: Job, few: bool = False) -> Any:
 def _make(key: _Key) -> Any:
     """Compiles a loop, or loads it from the cache on disk; once, whichever thread asks first."""
     source, signature = getattr(loops, key.name), _signature(key)
-    options = {name: source.targetoptions[name] for name in ("nogil", "error_model")}
+    options = {name: source.targetoptions[name] for name in ("nogil", "error_model", "no_cfunc_wrapper")}
     with _lock, _cache_folder(key) as folder:
         if key not in _made:
             try:  # Numba would take another folder, that knows of changes to loops.py alone
@@ -150,96 +159,179 @@ def _rows(job: Job, some: slice, slopes: bool, room: int) -> Rows:
 def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
     """Writes the crops; 0 in bins without a sample."""
     lines, cost = None if job.directions else _in_place(job, features), _cost(job)
-    for some, of, terms in job.weights(_rows):
-        images, out = job.images[some], output[some]
-
-        def here(part: slice) -> None:
-            _call("crops", job, lines, _numbers(part), images, of, terms[0], False, lines.flat(out[part]))
-
-        def there(window: _Window) -> None:
-            strips = window.strips(features)
-            for numbers in window.batches():
-                made = np.zeros((len(numbers), *job.rule.bins, window.channels.stop - window.channels.start), job.dtype)
-                for strip in strips:
-                    for term in terms:
-                        _call("crops", job, strip, numbers, window.images, of, term, True, made.reshape(-1))
-                out[numbers, window.channels] = made.transpose(0, 3, 1, 2)
-
-        if lines:
-            threads.run(here, threads.parts(len(out), cost), cost)
-        else:
-            out[~_touching(of)] = 0
-            threads.run(there, _windows(job, images, of, leveled=bool(job.directions)), cost)
+    for group in _groups(job):
+        group.crops(features, lines, output[group.some], cost)
 
 
 def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
     """Adds the feature gradient, box after box."""
     lines, cost = _in_place(job, total), _cost(job)
-    for some, of, terms in job.weights(_rows):
-        images, grads = job.images[some], grad[some]
+    for group in _groups(job):
+        group.to_features(grad[group.some], total, lines, cost)
 
-        def here(rows: slice) -> None:
-            band = lines.between(rows)
-            for part in lines.batches(job, slice(0, len(grads))):
-                crops = lines.flat(grads[part], job.dtype)
-                for term in terms:
-                    _call("spread", job, band, _numbers(part), images, of, term, crops)
 
-        def there(windows: list[_Window]) -> None:
+def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray) -> None:
+    """Adds to `sums`, (K, 4), the gradients with respect to y's start and step, and x's."""
+    lines, cost = _in_place(job, features, alike=True), 4 * _cost(job)
+    for group in _groups(job, slopes=True):
+        found = group.to_boxes(grad[group.some], features, lines, cost)
+        for axes, of_term in zip(job.free_axes(), found, strict=True):
+            for axis in axes:
+                sums[group.some, 2 * axis : 2 * axis + 2] += of_term[:, 2 * axis : 2 * axis + 2]
+
+
+class _Group(NamedTuple):
+    """Boxes of a job that are worked on together, with their rows. In place, as far as there are `lines`."""
+
+    job: Job
+    some: slice
+    of: Rows
+    terms: list[Term]
+    images: np.ndarray  # (K,)
+
+    def crops(self, features: np.ndarray, lines: _Lines | None, out: np.ndarray, cost: int) -> None:
+        job = self.job
+        if lines:
+
+            def crop(part: slice) -> None:
+                self.call("crops", lines, _numbers(part), self.images, self.terms[0], False, lines.flat(out[part]))
+
+            threads.run(crop, threads.parts(len(out), cost), cost)
+            return
+
+        def work(window: _Window) -> None:
+            strips = window.strips(features)
+            for numbers in window.batches():
+                made = np.zeros((len(numbers), *job.rule.bins, window.channels.stop - window.channels.start), job.dtype)
+                for strip in strips:
+                    for term in self.terms:
+                        self.call("crops", strip, numbers, window.images, term, True, made.reshape(-1))
+                out[numbers, window.channels] = made.transpose(0, 3, 1, 2)
+
+        out[~self.touching()] = 0
+        threads.run(work, self.windows(leveled=bool(job.directions)), cost)
+
+    def to_features(self, grads: np.ndarray, total: np.ndarray, lines: _Lines | None, cost: int) -> None:
+        dtype, owned = self.job.dtype, collections.defaultdict(list)
+        if lines:
+
+            def add(rows: slice) -> None:
+                for part in lines.batches(self.job, slice(0, len(grads))):
+                    crops = lines.flat(grads[part], dtype)
+                    for term in self.terms:
+                        self.call("spread", lines.between(rows), _numbers(part), self.images, term, crops)
+
+            threads.run(add, threads.parts(total.shape[2], cost), cost)
+            return
+
+        def work(windows: list[_Window]) -> None:
             for window in windows:
                 for strip in window.strips(total, add=True):
                     for numbers in window.batches():
-                        crops = strip.flat(grads[numbers, window.channels], job.dtype)
-                        for term in terms:
-                            _call("spread", job, strip, numbers, window.images, of, term, crops)
+                        crops = strip.flat(grads[numbers, window.channels], dtype)
+                        for term in self.terms:
+                            self.call("spread", strip, numbers, window.images, term, crops)
+
+        for window in self.windows(bands=True):
+            owned[window.image, window.channels.start].append(window)  # by the part of the features that they add to
+        threads.run(work, owned.values(), cost)
+
+    def to_boxes(self, grads: np.ndarray, features: np.ndarray, lines: _Lines | None, cost: int) -> np.ndarray:
+        """(terms, K, 4)."""
+        found, owned = np.zeros((len(self.terms), len(grads), 4)), collections.defaultdict(list)
+
+        def add(strip: _Lines, numbers: np.ndarray, images: np.ndarray, crops: np.ndarray, levels: np.ndarray) -> None:
+            flat, sums = (
+                strip.flat(crops, self.job.dtype),
+                np.empty((5, max(4, self.job.rule.bins[1] * strip.where[1]))),
+            )
+            for term, to in zip(self.terms, found, strict=True):
+                self.call("slopes", strip, numbers, images, term, self.of.values, levels, flat, sums, to)
 
         if lines:
-            threads.run(here, threads.parts(total.shape[2], cost), cost)
-        else:
-            owned: dict[Any, list[_Window]] = {}  # by the part of the features that they add to
-            for window in _windows(job, images, of, bands=True):
-                owned.setdefault((window.image, window.channels.start), []).append(window)
-            threads.run(there, owned.values(), cost)
 
+            def here(part: slice) -> None:
+                for own in lines.batches(self.job, part):
+                    numbers = _numbers(own)
+                    add(lines, numbers, self.images, grads[own], self.levels(features, self.images[own], numbers))
 
-def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, total: np.ndarray) -> None:
-    """Adds to `total`, (K, 4), the gradients with respect to y's start and step, and x's."""
-    lines, cost = _in_place(job, features, alike=True), 4 * _cost(job)
-    for some, of, terms in job.weights(_rows, slopes=True):
-        images, grads = job.images[some], grad[some]
+            threads.run(here, threads.parts(len(grads), cost), cost)
+            return found
 
-        found = np.zeros((len(terms), len(grads), 4))
-
-        def here(part: slice) -> None:
-            for own in lines.batches(job, part):
-                numbers, crops = _numbers(own), lines.flat(grads[own], job.dtype)
-                levels = _levels(job, features, images[own], of, numbers)
-                sums = np.empty((5, max(4, job.rule.bins[1] * lines.where[1])))
-                for term, to in zip(terms, found, strict=True):
-                    _call("slopes", job, lines, numbers, images, of, term, of.values, levels, crops, sums, to)
-
-        def there(windows: list[_Window]) -> None:
+        def work(windows: list[_Window]) -> None:
             for window in windows:
                 strips = window.strips(features)
                 for numbers in window.batches():
                     crops = grads[numbers, window.channels]
-                    levels = _levels(job, features[:, window.channels], window.image, of, numbers)
-                    sums = np.empty((5, max(4, job.rule.bins[1] * levels.shape[1])))
+                    levels = self.levels(features[:, window.channels], window.image, numbers)
                     for strip in strips:
-                        flat = strip.flat(crops, job.dtype)
-                        for term, to in zip(terms, found, strict=True):
-                            _call("slopes", job, strip, numbers, window.images, of, term, of.values, levels, flat, sums, to)
+                        add(strip, numbers, window.images, crops, levels)
 
-        if lines:
-            threads.run(here, threads.parts(len(grads), cost), cost)
-        else:
-            owned: dict[Any, list[_Window]] = {}  # by their boxes, whose sums they add to
-            for window in _windows(job, images, of):
-                owned.setdefault((window.image, window.boxes[0]), []).append(window)
-            threads.run(there, owned.values(), cost)
-        for axes, to in zip(job.free_axes(), found, strict=True):
-            for axis in axes:
-                total[some, 2 * axis : 2 * axis + 2] += to[:, 2 * axis : 2 * axis + 2]
+        for window in self.windows():
+            owned[window.image, window.boxes[0]].append(window)  # by the boxes, whose sums they add to
+        threads.run(work, owned.values(), cost)
+        return found
+
+    def call(self, name: str, strip: _Lines, numbers: np.ndarray, images: np.ndarray, term: Term, *rest: Any) -> None:
+        """Runs a loop, with memory for what it holds of a box."""
+        (_, channels, _, width, *_), (begin, extent, pixel, _, (most_y, most_x)) = strip.where, self.of
+        bins, few, kinds = self.job.rule.bins, channels < loops.LANES, 3 if name == "slopes" else 1
+        pixels = max(min(loops.FAR * most_x, width // channels), most_x) + bins[1] + 2
+        scratch = (
+            np.empty((1 + 5 * kinds, (most_x + bins[1] + 2) * (channels if few else 1)), np.uint32),
+            np.empty((2, max(most_y, most_x) + 3), np.uint64),
+            np.empty((4 + 4 * kinds, max(pixels * channels, most_y)), self.job.dtype),
+        )
+        loop = _loop(name, self.job, few)
+        loop(*strip, numbers, images, begin, extent, pixel, *term, bins, *scratch, True if few else None, *rest)
+
+    def levels(self, features: np.ndarray, images: Any, numbers: np.ndarray) -> np.ndarray:
+        """(boxes, C): the first pixel that each box touches, where that is finite."""
+        y, x = (np.minimum(self.of.extent[axis, 0, numbers], features.shape[2 + axis] - 1) for axis in (0, 1))
+        levels = features[images, :, y, x].astype(self.job.dtype)
+        levels[~np.isfinite(levels)] = 0
+        return levels
+
+    def touching(self) -> np.ndarray:
+        """(K,) bool: whether boxes touch any pixel."""
+        first, stop = self.of.extent.swapaxes(0, 1)
+        return np.logical_and(*(stop > first))
+
+    def windows(self, bands: bool = False, leveled: bool = False) -> list[_Window]:
+        """For the boxes of an image the part that they all lie in, or a window for each: whichever is less to read.
+
+        `leveled`: always one for each, less the level of the box. `bands`: windows may lie over each other.
+        """
+        channels, (first, stop), size = self.job.shape[1], self.of.extent.swapaxes(0, 1), self.job.dtype.itemsize
+        touching, zeros, windows = self.touching(), np.zeros_like(self.images), []
+
+        def add(image: int, boxes: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+            (y0, x0), (y1, x1) = low.tolist(), high.tolist()
+            block = min(loops.GROUP, channels)
+            if not bands:  # windows that add to the same pixels must agree on the channels
+                block = max(1, min(block, weights.WORKSPACE // ((y1 - y0) * (x1 - x0) * size)))
+            step = max(1, weights.WORKSPACE // ((x1 - x0) * block * size))
+            for c in range(0, channels, block):
+                where = range(y0, y1, step), slice(x0, x1), slice(c, min(c + block, channels))
+                windows.append(_Window(self, boxes, image, *where, zeros, leveled))
+
+        for image in np.unique(self.images[touching]).tolist():
+            boxes = np.flatnonzero((self.images == image) & touching)
+            low, high = first[:, boxes].min(axis=1), stop[:, boxes].max(axis=1)
+            # Each row costs about one cache line more than it has pixels.
+            each_read = ((stop - first)[:, boxes] + np.array([[0], [loops.GROUP]])).prod(axis=0).sum()
+            pixels = int((high - low).prod())
+            fits = pixels * min(loops.GROUP, channels) * size <= weights.WORKSPACE
+            if pixels <= each_read and fits and not leveled:
+                add(image, boxes, low, high)
+            else:
+                for box in boxes.tolist():
+                    add(image, np.array([box]), first[:, box], stop[:, box])
+        return windows
+
+
+def _groups(job: Job, slopes: bool = False) -> Iterator[_Group]:
+    return (_Group(job, some, of, terms, job.images[some]) for some, of, terms in job.weights(_rows, slopes))
 
 
 def _cost(job: Job) -> int:
@@ -250,35 +342,11 @@ def _cost(job: Job) -> int:
     else:
         sides = np.abs(job.edges[1] - job.edges[0]) * job.rule.spatial_scale + 1
         pixels = int(np.nansum(np.minimum(sides, [[height], [width]]).prod(axis=0)))
-    return pixels * job.shape[1] * max(1, len(terms(len(job.directions))))
-
-
-def _call(
-    name: str, job: Job, strip: _Lines, numbers: np.ndarray, images: np.ndarray, of: Rows, term: Term, *rest: Any
-) -> None:
-    """Runs a loop, with memory for what it holds of a box."""
-    (_, channels, _, width, *_), (begin, extent, pixel, _, (most_y, most_x)), bins = strip.where, of, job.rule.bins
-    few, kinds = channels < loops.LANES, 3 if name == "slopes" else 1
-    pixels = max(min(loops.FAR * most_x, width // channels), most_x) + bins[1] + 2
-    scratch = (
-        np.empty((1 + 5 * kinds, (most_x + bins[1] + 2) * (channels if few else 1)), np.uint32),
-        np.empty((2, max(most_y, most_x) + 3), np.uint64),
-        np.empty((4 + 4 * kinds, max(pixels * channels, most_y)), job.dtype),
-    )
-    loop = _loop(name, job, few)
-    loop(*strip, numbers, images, begin, extent, pixel, *term, bins, *scratch, True if few else None, *rest)
+    return pixels * job.shape[1]
 
 
 def _numbers(part: slice) -> np.ndarray:
     return np.arange(part.start, part.stop)
-
-
-def _levels(job: Job, features: np.ndarray, images: Any, of: Rows, numbers: np.ndarray) -> np.ndarray:
-    """(boxes, C): the first pixel that each box touches, where that is finite."""
-    y, x = (np.minimum(of.extent[axis, 0, numbers], job.shape[2 + axis] - 1) for axis in (0, 1))
-    levels = features[images, :, y, x].astype(job.dtype)
-    levels[~np.isfinite(levels)] = 0
-    return levels
 
 
 def _each(job: Job, channels: int) -> int:
@@ -338,9 +406,8 @@ def _in_place(job: Job, array: np.ndarray, alike: bool = False) -> _Lines | None
 class _Window(NamedTuple):
     """Boxes that lie in a part of an image, which is brought over for some channels."""
 
-    job: Job
-    of: Rows
-    boxes: np.ndarray  # their numbers within the group
+    group: _Group
+    boxes: np.ndarray  # their numbers
     image: int
     rows: range  # from the first to the last, in steps that the workspace holds
     columns: slice
@@ -361,56 +428,16 @@ class _Window(NamedTuple):
             bottom = min(top + self.rows.step, self.rows.stop)
             window = array[self.image, self.channels, top:bottom, self.columns]
             channels, height, width = window.shape
-            pixels = np.zeros((height, width, channels), self.job.dtype)
+            pixels = np.zeros((height, width, channels), self.group.job.dtype)
             if not add:
                 np.copyto(pixels.transpose(2, 0, 1), window, casting="unsafe")
             if self.leveled:
-                pixels -= _levels(self.job, array[:, self.channels], self.image, self.of, self.boxes)
+                pixels -= self.group.levels(array[:, self.channels], self.image, self.boxes)
             where = 1, channels, height, width * channels, top, self.columns.start, top, bottom
             yield _Lines(pixels.reshape(-1), where)
             if add:
                 window += pixels.transpose(2, 0, 1)
 
     def batches(self) -> Iterator[np.ndarray]:
-        each = _each(self.job, self.channels.stop - self.channels.start)
+        each = _each(self.group.job, self.channels.stop - self.channels.start)
         return (self.boxes[first : first + each] for first in range(0, len(self.boxes), each))
-
-
-def _touching(of: Rows) -> np.ndarray:
-    """(K,) bool: whether boxes touch any pixel."""
-    return (of.extent[:, 1] > of.extent[:, 0]).all(axis=0)
-
-
-def _windows(
-    job: Job, images: np.ndarray, of: Rows, bands: bool = False, leveled: bool = False
-) -> list[_Window]:
-    """For the boxes of an image either the part that they all lie in, or a window for each: whichever is less to read.
-
-    `leveled`: always one for each, less the level of the box. `bands`: windows may lie over each other.
-    """
-    channels, first, stop, size = job.shape[1], of.extent[:, 0], of.extent[:, 1], job.dtype.itemsize
-    touching, zeros, windows = _touching(of), np.zeros_like(images), []
-
-    def add(image: int, boxes: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-        (y0, x0), (y1, x1) = low.tolist(), high.tolist()
-        block = min(loops.GROUP, channels)
-        if not bands:  # windows that add to the same pixels must agree on the channels
-            block = max(1, min(block, weights.WORKSPACE // ((y1 - y0) * (x1 - x0) * size)))
-        step = max(1, weights.WORKSPACE // ((x1 - x0) * block * size))
-        for c in range(0, channels, block):
-            where = range(y0, y1, step), slice(x0, x1), slice(c, min(c + block, channels))
-            windows.append(_Window(job, of, boxes, image, *where, zeros, leveled))
-
-    for image in np.unique(images[touching]).tolist():
-        boxes = np.flatnonzero((images == image) & touching)
-        low, high = first[:, boxes].min(axis=1), stop[:, boxes].max(axis=1)
-        # Each row costs about one cache line more than it has pixels.
-        each_read = ((stop - first)[:, boxes] + np.array([[0], [loops.GROUP]])).prod(axis=0).sum()
-        pixels = int((high - low).prod())
-        fits = pixels * min(loops.GROUP, channels) * size <= weights.WORKSPACE
-        if pixels <= each_read and fits and not leveled:
-            add(image, boxes, low, high)
-        else:
-            for box in boxes.tolist():
-                add(image, np.array([box]), first[:, box], stop[:, box])
-    return windows

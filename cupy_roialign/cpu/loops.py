@@ -18,7 +18,7 @@ from numba.extending import overload, register_jitable
 from cupy_roialign import geometry
 
 LANES = 8
-"""Numbers that a processor multiplies at once. Bins of fewer channels are worked on as single numbers: see `pair_up`."""
+"""Numbers that a processor multiplies at once. Of fewer channels bins are taken number by number: see `pair_up`."""
 
 GROUP = 16
 """Channels that are summed together, and brought over together: a cache line of float32."""
@@ -27,6 +27,16 @@ FAR = 4
 """Up to this many pixels for each that is touched a line is read whole: pixels side by side are read together."""
 
 u64 = np.uint64
+
+loop = numba.njit(nogil=True, error_model="numpy", no_cfunc_wrapper=True)
+"""Each operation is rounded as it is written: so results are the same whichever loop, and whichever processor."""
+
+_INNER = {"no_cfunc_wrapper": True, "no_cpython_wrapper": True}
+"""For what Python does not call. To be called by it takes as long to compile as the rest."""
+
+part = numba.njit(nogil=True, error_model="numpy", **_INNER)
+"""A part of loops."""
+
 
 for _function in (
     geometry.is_finite,
@@ -39,10 +49,10 @@ for _function in (
     geometry.taps,
     geometry.candidates,
 ):
-    register_jitable(_function)
+    register_jitable(**_INNER)(_function)
 
 
-@overload(geometry.select)
+@overload(geometry.select, jit_options=_INNER)
 def _select(condition, a, b):
     return lambda condition, a, b: a if condition else b
 
@@ -51,17 +61,13 @@ def type_of(array):
     """numpy.float32 or numpy.float64."""
 
 
-@overload(type_of)
+@overload(type_of, jit_options=_INNER)
 def _type_of(array):
     real = np.float32 if array.dtype == numba.float32 else np.float64
     return lambda array: real
 
 
-loop = numba.njit(nogil=True, error_model="numpy")
-"""Each operation is rounded as it is written: so results are the same whichever loop, and whichever processor."""
-
-
-@loop
+@part
 def edges(boxes, columns, k, axis):
     """Where a box begins and ends along an axis; NaN, if any of its coordinates is not finite."""
     sound = True
@@ -130,7 +136,7 @@ def rows(rule, boxes, columns, sizes, bins, begin, extent, pixel, values, sums):
 # ---- what a box reads ----
 
 
-@loop
+@part
 def set_line(begin, extent, pixel, k, row, bins, channels, x0, slots, starts):
     """The line of box `k`: how many pieces of `lines` it has, and the length of one.
 
@@ -151,7 +157,7 @@ def set_line(begin, extent, pixel, k, row, bins, channels, x0, slots, starts):
     return u64(stop - base), u64(channels)
 
 
-@loop
+@part
 def set_bins(begin, value, row, bins, slots, ends, places, weights):
     """The entries along x that have a weight: those of bin q end before ends[q + 1]."""
     n = ends[0] = 0
@@ -163,12 +169,12 @@ def set_bins(begin, value, row, bins, slots, ends, places, weights):
         ends[q + 1] = n
 
 
-@loop
+@part
 def pair_up(bins, channels, length, ends, places, weights, pairs, factors):
     """The entries along x of few channels by twos: number in the row of the crop, and two numbers in the line.
 
-    Where there is none, it is the number behind the line, which is 0. First come the first two of all bins, in the order
-    of the crop; then what further ones there are. Returns how many.
+    Where there is none, it is the number behind the line, which is 0. First come the first two of all bins, in the
+    order of the crop; then what further ones there are. Returns how many.
     """
     count, first, more = 0, 0, True
     while more:
@@ -190,9 +196,9 @@ def pair_up(bins, channels, length, ends, places, weights, pairs, factors):
     return u64(count)
 
 
-@loop
+@part
 def set_lines(begin, pixel, value, row, top, bottom, y0, width, offsets, weights):
-    """The lines from `top` to `bottom` that a bin along y reads, where they begin, and their weights. Returns how many."""
+    """Where the lines from `top` to `bottom` begin that a bin along y reads, and their weights. Returns how many."""
     n = 0
     for entry in range(begin[row], begin[row + 1]):
         if value[entry] != 0 and top <= pixel[entry] < bottom:
@@ -201,7 +207,7 @@ def set_lines(begin, pixel, value, row, top, bottom, y0, width, offsets, weights
     return n
 
 
-@loop
+@part
 def sum_lines(lines, at, n, offsets, weights, starts, pieces, piece, total):
     """The weighted sum of `n` lines, at least one."""
     odd = n % 2
@@ -218,7 +224,7 @@ def sum_lines(lines, at, n, offsets, weights, starts, pieces, piece, total):
                 total[to + i] += a * lines[of + y + i] + b * lines[of + z + i]
 
 
-@loop
+@part
 def take_bins(total, bins, channels, ends, places, weights, crop, at):
     """Adds the bins of a line to a row of a crop."""
     size = u64(channels)
@@ -235,7 +241,7 @@ def take_bins(total, bins, channels, ends, places, weights, crop, at):
                 crop[out + c] += v * total[a + c]
 
 
-@loop
+@part
 def take_pairs(total, size, count, pairs, factors, crop, at):
     """The same of few channels, in the same order."""
     for i in range(size):
@@ -244,7 +250,7 @@ def take_pairs(total, size, count, pairs, factors, crop, at):
         crop[at + pairs[0, i]] += factors[0, i] * total[pairs[1, i]] + factors[1, i] * total[pairs[2, i]]
 
 
-@loop
+@part
 def give_bins(grads, at, bins, channels, ends, places, weights, line):
     """Adds a row of bins to a line."""
     size = u64(channels)
@@ -256,7 +262,7 @@ def give_bins(grads, at, bins, channels, ends, places, weights, line):
                 line[to + c] += a * grads[of + c]
 
 
-@loop
+@part
 def give_pairs(grads, at, count, pairs, factors, line):
     for i in range(count):
         grad = grads[at + pairs[0, i]]
@@ -264,7 +270,7 @@ def give_pairs(grads, at, count, pairs, factors, line):
         line[pairs[2, i]] += factors[1, i] * grad
 
 
-@loop
+@part
 def add_lines(lines, at, n, offsets, weights, starts, pieces, piece, line):
     """Adds a line to the `n` that a bin touches."""
     for e in range(n):
@@ -275,7 +281,7 @@ def add_lines(lines, at, n, offsets, weights, starts, pieces, piece, line):
                 lines[to + i] += a * line[of + i]
 
 
-@loop
+@part
 def less_level(lines, at, starts, pieces, piece, level, line):
     for s in range(pieces):
         of, to = at + starts[s], s * piece
@@ -283,7 +289,7 @@ def less_level(lines, at, starts, pieces, piece, level, line):
             line[to + i] = lines[of + i] - level[to + i]
 
 
-@loop
+@part
 def add(line, length, weight, total):
     if weight != 0:
         for i in range(length):
@@ -294,7 +300,24 @@ def add(line, length, weight, total):
 
 
 @loop
-def crops(lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, indices, offsets, scratch, few, again, out):
+def crops(
+    lines,
+    where,
+    numbers,
+    images,
+    begin,
+    extent,
+    pixel,
+    value_y,
+    value_x,
+    bins,
+    indices,
+    offsets,
+    scratch,
+    few,
+    again,
+    out,
+):
     """Crops of the boxes `numbers`. `images`: of all boxes. `again`: they are added to `out`."""
     planes, channels, height, width, y0, x0, top, bottom = where
     slots, ends, places, pairs, starts, of = indices[0], indices[1], indices[2], indices[3:], offsets[0], offsets[1]
@@ -325,7 +348,9 @@ def crops(lines, where, numbers, images, begin, extent, pixel, value_y, value_x,
 
 
 @loop
-def spread(lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, indices, offsets, scratch, few, grads):
+def spread(
+    lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, indices, offsets, scratch, few, grads
+):
     """Adds the feature gradient of boxes to lines from `top` to `bottom`, box after box."""
     planes, channels, height, width, y0, x0, top, bottom = where
     slots, ends, places, pairs, starts, of = indices[0], indices[1], indices[2], indices[3:], offsets[0], offsets[1]
@@ -366,7 +391,14 @@ def slopes(
     """
     planes, channels, height, width, y0, x0, top, bottom = where
     slots, ends, places, starts = indices[0], indices[1:4], indices[4:7], offsets[0]
-    line, level, crop, grad, total, weights = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4:7], scratch[7:10]
+    line, level, crop, grad, total, weights = (
+        scratch[0],
+        scratch[1],
+        scratch[2],
+        scratch[3],
+        scratch[4:7],
+        scratch[7:10],
+    )
     every, first_x = u64(bins[1] * channels), extent.shape[2] * bins[0]
     products, group = sums[:4], sums[4]
     group[:4] = 0

@@ -27,14 +27,13 @@ _ENTRY = 48  # bytes of an entry of `Rows`, and of what it is made from
 
 
 class Rows(NamedTuple):
-    """The weights of K boxes along both axes, as compressed rows: first those of y, of which row k*bins_y + p is bin p of
-    box k, then those of x.
+    """The weights of K boxes along both axes, as compressed rows.
 
-    A pixel occurs once in a row.
+    First come those of y, of which row k*bins_y + p is bin p of box k, then those of x. A pixel occurs once in a row.
     """
 
     begin: np.ndarray  # (K*bins_y + K*bins_x + 1,) int64: the entries of row r are begin[r] to begin[r + 1]
-    extent: np.ndarray  # (2, 2, K) int64 along y and x: the first pixel of a box, the one behind the last; size, 0 of none
+    extent: np.ndarray  # (2, 2, K) int64 along y, x: a box's first pixel, and the one behind its last; of none size, 0
     pixel: np.ndarray  # (E,) int64
     values: np.ndarray  # (1 or 3, E): the weight; its derivatives with respect to the box's start, and to its step
     most: tuple[int, int]  # entries of a box along y, and along x
@@ -168,7 +167,8 @@ def rows(job: Job, some: slice, slopes: bool, _most: int) -> Rows:
     begin = np.concatenate([[0], *ends])
     y, x = (int(np.diff(end[bins - 1 :: bins], prepend=0).max()) for end, bins in zip(ends, job.rule.bins, strict=True))
     begin[1 + len(ends[0]) :] += ends[0][-1]
-    return Rows(begin, np.stack(extents), np.concatenate(pixels), np.concatenate(values, axis=1).astype(job.dtype), (y, x))
+    value = np.concatenate(values, axis=1).astype(job.dtype)
+    return Rows(begin, np.stack(extents), np.concatenate(pixels), value, (y, x))
 
 
 def _rows(
@@ -181,7 +181,8 @@ def _rows(
     p = np.tile(np.arange(bins), len(low))
     origin = geometry.origin(start, step, p, real)
     first, stop = geometry.candidates(start, step, samples, origin, size, real)
-    parts, row, ends = [], 0, np.cumsum(stop - first)
+    row, ends = 0, np.cumsum(stop - first)
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
     while row < len(p) or not parts:
         end = max(row + 1, int(np.searchsorted(ends, SAMPLES + (ends[row - 1] if row else 0), "right")))
         some = slice(row, end)
@@ -192,7 +193,8 @@ def _rows(
         inside = geometry.inside(rule, position, size)
         of, number, position = of[inside], number[inside], position[inside]
         taps = geometry.taps(rule, position, size, real)
-        parts.append(_merged(of * size, taps, 1.0 / samples[of], geometry.lever(rule, p[of], samples[of], number), slopes))
+        lever = geometry.lever(rule, p[of], samples[of], number)
+        parts.append(_merged(of * size, taps, 1.0 / samples[of], lever, slopes))
         row = end
     key, values = (np.concatenate(column, axis=-1) for column in zip(*parts, strict=True))
     ends, pixel = np.searchsorted(key, np.arange(1, len(p) + 1) * size), key % size
@@ -209,10 +211,14 @@ def _merged(
     low, high, fraction = taps
     key, place = np.unique(np.stack([row + low, row + high], axis=1), return_inverse=True)
     fraction, change = fraction.astype(np.float64), np.where(high > low, share, 0.0)
-    columns = [lambda: ((1 - fraction) * share, fraction * share)]
-    if slopes:
-        columns += [lambda: (-change, change), lambda: (-change * lever, change * lever)]
     place = place.ravel()
-    values = np.stack([np.bincount(place, np.stack(of(), axis=1).ravel(), len(key)) for of in columns])
+
+    def total(of_low: np.ndarray, of_high: np.ndarray) -> np.ndarray:
+        return np.bincount(place, np.stack([of_low, of_high], axis=1).ravel(), len(key))
+
+    columns = [total((1 - fraction) * share, fraction * share)]
+    if slopes:
+        columns += [total(-slope, slope) for slope in (change, change * lever)]
+    values = np.stack(columns)
     kept = values.any(axis=0)
     return key[kept], values[:, kept]
