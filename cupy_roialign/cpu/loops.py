@@ -70,11 +70,11 @@ def _type_of(array):
 @part
 def edges(boxes, columns, k, axis):
     """Where a box begins and ends along an axis; NaN, if any of its coordinates is not finite."""
-    sound = True
+    low, high, real = boxes[k, columns[axis]], boxes[k, columns[axis + 2]], type_of(boxes)
     for column in columns:
-        sound = sound and geometry.is_finite(boxes[k, column])
-    low, high = boxes[k, columns[axis]], boxes[k, columns[axis + 2]]
-    return (low, high) if sound else (low - low + np.nan, high - high + np.nan)
+        if not geometry.is_finite(boxes[k, column]):
+            low = high = real(np.nan)
+    return low, high
 
 
 @loop

@@ -167,7 +167,7 @@ def rows(job: Job, some: slice, slopes: bool, _most: int) -> Rows:
     begin = np.concatenate([[0], *ends])
     y, x = (int(np.diff(end[bins - 1 :: bins], prepend=0).max()) for end, bins in zip(ends, job.rule.bins, strict=True))
     begin[1 + len(ends[0]) :] += ends[0][-1]
-    value = np.concatenate(values, axis=1).astype(job.dtype)
+    value = np.concatenate([each.astype(job.dtype) for each in values], axis=1)
     return Rows(begin, np.stack(extents), np.concatenate(pixels), value, (y, x))
 
 
@@ -219,6 +219,5 @@ def _merged(
     columns = [total((1 - fraction) * share, fraction * share)]
     if slopes:
         columns += [total(-slope, slope) for slope in (change, change * lever)]
-    values = np.stack(columns)
-    kept = values.any(axis=0)
-    return key[kept], values[:, kept]
+    kept = functools.reduce(np.logical_or, columns, False)
+    return key[kept], np.stack([column[kept] for column in columns])
