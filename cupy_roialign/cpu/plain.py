@@ -128,10 +128,11 @@ def _matrices(begin: np.ndarray, pixels_of: np.ndarray, values: np.ndarray) -> I
     """Of the bins whose entries begin there."""
     for first in range(0, len(begin) - 1, BINS):
         ends = begin[first : first + BINS + 1]
-        count, entries = len(ends) - 1, ends[0] + np.flatnonzero(values[ends[0] : ends[-1]])
-        order = np.argsort(pixels_of[entries], kind="stable")
-        pixel, value = pixels_of[entries][order], values[entries][order]
-        bin_ = np.searchsorted(ends, entries, "right")[order] - 1
+        count, entries = len(ends) - 1, slice(ends[0], ends[-1])
+        kept = values[entries] != 0
+        order = np.argsort(pixels_of[entries][kept], kind="stable")
+        pixel, value = (column[entries][kept][order] for column in (pixels_of, values))
+        bin_ = np.repeat(np.arange(count), np.diff(ends))[kept][order]
         place = np.cumsum(np.diff(pixel, prepend=pixel[:1]) != 0)  # of each entry among the pixels that are touched
         cuts: Any = np.searchsorted(place, np.arange(0, place[-1] + 1 + PIXELS, PIXELS)) if len(place) else []
         for some in itertools.starmap(slice, itertools.pairwise(cuts)):

@@ -191,10 +191,10 @@ def _rows(
         number = np.arange(len(of)) - np.repeat(np.cumsum(tried) - tried - first[some], tried)
         position = geometry.position(rule, origin[of], step[of], samples[of], number, real)
         inside = geometry.inside(rule, position, size)
-        of, number, position = of[inside], number[inside], position[inside]
-        taps = geometry.taps(rule, position, size, real)
-        lever = geometry.lever(rule, p[of], samples[of], number)
-        parts.append(_merged(of * size, taps, 1.0 / samples[of], lever, slopes))
+        of, number, taps = of[inside], number[inside], geometry.taps(rule, position[inside], size, real)
+        lever, share = geometry.lever(rule, p[of], samples[of], number), 1.0 / samples[of]
+        of *= size
+        parts.append(_merged(of, taps, share, lever, slopes))
         row = end
     key, values = (np.concatenate(column, axis=-1) for column in zip(*parts, strict=True))
     ends, pixel = np.searchsorted(key, np.arange(1, len(p) + 1) * size), key % size
@@ -219,5 +219,5 @@ def _merged(
     columns = [total((1 - fraction) * share, fraction * share)]
     if slopes:
         columns += [total(-slope, slope) for slope in (change, change * lever)]
-    kept = functools.reduce(np.logical_or, columns, False)
+    kept = np.any([column != 0 for column in columns], axis=0)
     return key[kept], np.stack([column[kept] for column in columns])
