@@ -194,7 +194,15 @@ class _Group(NamedTuple):
         if lines:
 
             def crop(part: slice) -> None:
-                self.call("crops", lines, _numbers(part), self.images, self.terms[0], False, lines.flat(out[part]))
+                self.call(
+                    "crops",
+                    lines,
+                    _numbers(part),
+                    self.images,
+                    self.terms[0],
+                    False,
+                    lines.ordered(out[part]).reshape(-1),
+                )
 
             threads.run(crop, threads.parts(len(out), cost), cost)
             return
@@ -216,7 +224,7 @@ class _Group(NamedTuple):
         if lines:
 
             def add(rows: slice) -> None:
-                for part in lines.batches(self.job, slice(0, len(grads))):
+                for part in lines.batches(self.job, slice(0, len(grads)), grads):
                     crops = lines.flat(grads[part], dtype)
                     for term in self.terms:
                         self.call("spread", lines.between(rows), _numbers(part), self.images, term, crops)
@@ -251,7 +259,7 @@ class _Group(NamedTuple):
         if lines:
 
             def here(part: slice) -> None:
-                for own in lines.batches(self.job, part):
+                for own in lines.batches(self.job, part, grads):
                     numbers = _numbers(own)
                     add(lines, numbers, self.images, grads[own], self.levels(features, self.images[own], numbers))
 
@@ -260,12 +268,13 @@ class _Group(NamedTuple):
 
         def work(windows: list[_Window]) -> None:
             for window in windows:
-                strips = window.strips(features)
+                strips, first = window.strips(features), 0
+                levels = self.levels(features[:, window.channels], window.image, window.boxes)
                 for numbers in window.batches():
-                    crops = grads[numbers, window.channels]
-                    levels = self.levels(features[:, window.channels], window.image, numbers)
+                    crops, last = grads[numbers, window.channels], first + len(numbers)
                     for strip in strips:
-                        add(strip, numbers, window.images, crops, levels)
+                        add(strip, numbers, window.images, crops, levels[first:last])
+                    first = last
 
         for window in self.windows():
             owned[window.image, window.boxes[0]].append(window)  # by the boxes, whose sums they add to
@@ -280,7 +289,7 @@ class _Group(NamedTuple):
         scratch = (
             np.empty((1 + 5 * kinds, (most_x + bins[1] + 2) * (channels if few else 1)), np.uint32),
             np.empty((2, max(most_y, most_x) + 3), np.uint64),
-            np.empty((4 + 4 * kinds, max(pixels * channels, most_y)), self.job.dtype),
+            np.empty((2 + 4 * kinds, max(pixels * channels, most_y)), self.job.dtype),
         )
         loop = _loop(name, self.job, few)
         loop(*strip, numbers, images, begin, extent, pixel, *term, bins, *scratch, True if few else None, *rest)
@@ -368,12 +377,18 @@ class _Lines(NamedTuple):
     def between(self, rows: slice) -> _Lines:
         return self._replace(where=(*self.where[:6], rows.start, rows.stop))
 
-    def flat(self, crops: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
-        """Crops in the order of the lines; with a dtype, a copy where they are of another one or in another order."""
-        crops = crops.transpose(0, 2, 3, 1) if self.where[1] > 1 else crops
-        return (np.require(crops, dtype, ["C", "A"]) if dtype else crops).reshape(-1)
+    def ordered(self, crops: np.ndarray) -> np.ndarray:
+        return crops.transpose(0, 2, 3, 1) if self.where[1] > 1 else crops
 
-    def batches(self, job: Job, part: slice) -> Iterator[slice]:
+    def flat(self, crops: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        """Crops in the order of the lines; a copy where they are in another, or of another dtype."""
+        return np.require(self.ordered(crops), dtype, ["C", "A"]).reshape(-1)
+
+    def batches(self, job: Job, part: slice, crops: np.ndarray) -> Iterable[slice]:
+        """All boxes of the part at once or, where their crops must be copied, some at a time."""
+        flags = self.ordered(crops).flags
+        if crops.dtype == job.dtype and flags.c_contiguous and flags.aligned:
+            return [part]
         each = _each(job, job.shape[1])
         return (slice(first, min(first + each, part.stop)) for first in range(part.start, part.stop, each))
 

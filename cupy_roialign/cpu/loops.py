@@ -282,18 +282,48 @@ def add_lines(lines, at, n, offsets, weights, starts, pieces, piece, line):
 
 
 @part
-def less_level(lines, at, starts, pieces, piece, level, line):
+def add_line(lines, at, starts, pieces, piece, level, a, b, c, total):
+    """Adds a line less its level to three sums; 0 times a number that is NaN is left out."""
     for s in range(pieces):
         of, to = at + starts[s], s * piece
-        for i in range(piece):
-            line[to + i] = lines[of + i] - level[to + i]
+        if a != 0 and b != 0 and c != 0:
+            for i in range(piece):
+                number = lines[of + i] - level[to + i]
+                total[0, to + i] += a * number
+                total[1, to + i] += b * number
+                total[2, to + i] += c * number
+            continue
+        for v in range(3):
+            weight = a if v == 0 else b if v == 1 else c
+            for i in range(piece if weight != 0 else u64(0)):
+                total[v, to + i] += weight * (lines[of + i] - level[to + i])
 
 
 @part
-def add(line, length, weight, total):
-    if weight != 0:
-        for i in range(length):
-            total[i] += weight * line[i]
+def dot_bins(total, bins, channels, ends, places, weights, grad, products):
+    """Adds bins of a line times their gradients to products."""
+    size = u64(channels)
+    for q in range(bins):
+        out, entry, end = u64(q) * size, ends[q], ends[q + 1]
+        while entry < end:
+            a, v = u64(places[entry]), weights[entry]
+            if entry + 1 < end:
+                b, w = u64(places[entry + 1]), weights[entry + 1]
+                for c in range(size):
+                    products[out + c] += np.float64(grad[out + c] * (v * total[a + c] + w * total[b + c]))
+            else:
+                for c in range(size):
+                    products[out + c] += np.float64(grad[out + c] * (v * total[a + c]))
+            entry += 2
+
+
+@part
+def dot_pairs(total, size, count, pairs, factors, grad, products):
+    """The same of few channels, in the same order."""
+    for i in range(count):
+        out = u64(i) if i < size else u64(pairs[0, i])
+        number = factors[0, i] * total[pairs[1, i]] + factors[1, i] * total[pairs[2, i]]
+        products[out] += np.float64(grad[out] * number)
 
 
 # ---- the three functions ----
@@ -321,7 +351,7 @@ def crops(
     """Crops of the boxes `numbers`. `images`: of all boxes. `again`: they are added to `out`."""
     planes, channels, height, width, y0, x0, top, bottom = where
     slots, ends, places, pairs, starts, of = indices[0], indices[1], indices[2], indices[3:], offsets[0], offsets[1]
-    weights_y, total, weights, factors = scratch[0], scratch[4], scratch[5], scratch[6:]
+    weights_y, total, weights, factors = scratch[0], scratch[1], scratch[2], scratch[3:]
     size, first_x = u64(bins[1] * channels), extent.shape[2] * bins[0]
     for j in range(len(numbers)):
         k = numbers[j]
@@ -354,7 +384,7 @@ def spread(
     """Adds the feature gradient of boxes to lines from `top` to `bottom`, box after box."""
     planes, channels, height, width, y0, x0, top, bottom = where
     slots, ends, places, pairs, starts, of = indices[0], indices[1], indices[2], indices[3:], offsets[0], offsets[1]
-    weights_y, line, weights, factors = scratch[0], scratch[4], scratch[5], scratch[6:]
+    weights_y, line, weights, factors = scratch[0], scratch[1], scratch[2], scratch[3:]
     size, first_x = u64(bins[1] * channels), extent.shape[2] * bins[0]
     for j in range(len(numbers)):
         k = numbers[j]
@@ -391,14 +421,7 @@ def slopes(
     """
     planes, channels, height, width, y0, x0, top, bottom = where
     slots, ends, places, starts = indices[0], indices[1:4], indices[4:7], offsets[0]
-    line, level, crop, grad, total, weights = (
-        scratch[0],
-        scratch[1],
-        scratch[2],
-        scratch[3],
-        scratch[4:7],
-        scratch[7:10],
-    )
+    level, grad, total, weights = scratch[0], scratch[1], scratch[2:5], scratch[5:8]
     every, first_x = u64(bins[1] * channels), extent.shape[2] * bins[0]
     products, group = sums[:4], sums[4]
     group[:4] = 0
@@ -412,7 +435,7 @@ def slopes(
         for v in range(3):
             set_bins(begin, value_x if v == 0 else values[v], row, bins[1], slots, ends[v], places[v], weights[v])
             if few is not None:
-                pairs, factors = indices[7 + 3 * v :], scratch[10 + 2 * v :]
+                pairs, factors = indices[7 + 3 * v :], scratch[8 + 2 * v :]
                 offsets[1, v] = pair_up(bins[1], channels, length, ends[v], places[v], weights[v], pairs, factors)
                 total[v, length] = 0
         for plane in range(planes):
@@ -431,9 +454,8 @@ def slopes(
                 for entry in range(first, stop):
                     if top <= pixel[entry] < bottom:
                         of = at + u64((pixel[entry] - y0) * width)
-                        less_level(lines, of, starts, pieces, piece, level, line)
-                        for v in range(3):
-                            add(line, length, value_y[entry] if v == 0 else values[v, entry], total[v])
+                        of_slopes = values[1, entry], values[2, entry]
+                        add_line(lines, of, starts, pieces, piece, level, value_y[entry], *of_slopes, total)
                 of = u64((j * planes + plane) * bins[0] + p) * every
                 for q in range(bins[1]):
                     sampled = begin[row + q] < begin[row + q + 1]  # what another bin has does not count
@@ -441,15 +463,11 @@ def slopes(
                         grad[c] = grads[of + c] if sampled else 0
                 for column in range(4):
                     y, x = (column + 1, 0) if column < 2 else (0, column - 1)
-                    for i in range(every):
-                        crop[i] = 0
                     if few is not None:
-                        pairs, factors = indices[7 + 3 * x :], scratch[10 + 2 * x :]
-                        take_pairs(total[y], every, offsets[1, x], pairs, factors, crop, u64(0))
+                        pairs, factors = indices[7 + 3 * x :], scratch[8 + 2 * x :]
+                        dot_pairs(total[y], every, offsets[1, x], pairs, factors, grad, products[column])
                     else:
-                        take_bins(total[y], bins[1], channels, ends[x], places[x], weights[x], crop, u64(0))
-                    for i in range(every):
-                        products[column, i] += np.float64(grad[i] * crop[i])
+                        dot_bins(total[y], bins[1], channels, ends[x], places[x], weights[x], grad, products[column])
             # By channels, and groups of these: so it is the same sum whether they come one by one or together.
             for c in range(channels):
                 for column in range(4):
