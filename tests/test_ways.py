@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import unittest.mock
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ numba = pytest.importorskip("numba", reason="the compiled way needs Numba")
 from numba.extending import register_jitable  # noqa: E402
 
 from cupy_roialign.cpu import compiled, loops  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
 
 
 def crowd(channels=32):
@@ -339,7 +342,8 @@ def test_a_line_is_read_whole_or_pixel_by_pixel(channels, order):
 def run(code, **environment):
     """Of a process of its own: what it prints."""
     variables = {**os.environ, "CUPY_ROIALIGN_COMPILED": "1", **environment}
-    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -422,6 +426,29 @@ def test_a_folder_that_cannot_be_written_to_is_done_without(cache, monkeypatch):
     loop = compiled._make(compiled._Key(*ROWS))
     assert loop.signatures
     assert not loop.stats.cache_path  # nor in a folder of Numba's own, which does not follow geometry.py
+
+
+def test_no_index_is_out_of_bounds(tmp_path):
+    """The loops compiled with Numba's checks of each index, which are off otherwise."""
+    code = (
+        "import itertools, numpy as np\n"
+        "from cupy_roialign import rule\n"
+        "from cupy_roialign.cpu import backend\n"
+        "from tests.test_ways import CASES, lay_out\n"
+        "rng = np.random.default_rng(0)\n"
+        "for channels, order, case in itertools.product((3, 20), ('contiguous', 'channels-last'), CASES.values()):\n"
+        "    features = lay_out(rng.standard_normal((2, channels, 23, 31), dtype=np.float32), order)\n"
+        "    grad = rng.standard_normal((40, channels, *case.bins), dtype=np.float32)\n"
+        "    boxes = rng.uniform(-5, 35, (40, 4)).astype(np.float32)\n"
+        "    boxes[::7] = rng.choice([1e30, -1e30, np.nan, np.inf, 1e5, 3, -1], (6, 4))\n"
+        "    boxes /= 25 if case.frame == rule.Frame.NORMALIZED else 1\n"
+        "    at = (boxes, rng.integers(0, 2, 40), case)\n"
+        "    for directions in ([], [rng.standard_normal((40, 4))]):\n"
+        "        backend.forward(features, *at, directions)\n"
+        "        backend.feature_gradient(grad, features, *at, directions)\n"
+        "        backend.box_gradient(grad, features, *at, directions)\n"
+    )
+    run(code, NUMBA_BOUNDSCHECK="1", NUMBA_CACHE_DIR=str(tmp_path))
 
 
 def test_compile_ahead():

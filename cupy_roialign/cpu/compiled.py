@@ -54,33 +54,26 @@ class _Key(NamedTuple):
 
     name: str
     dtype: str  # of the features, f or d
-    real: str  # of positions
-    few: bool = False  # for few channels, that is less than loops.LANES
+    real: str  # of positions, for rows
+    few: bool  # for few channels, that is less than loops.LANES
 
 
 def _signature(key: _Key) -> tuple[Any, ...]:
     """The types of a loop's arguments."""
-    (number, real), i, array = map(numba.from_dtype, map(np.dtype, key[1:3])), numba.int64, numba.types.Array
-    spec, pair = numba.typeof(_Spec(0, 0, 0, 1.0, 1, True)), numba.types.UniTuple(i, 2)
-    boxes, written, found = array(real, 2, "A", readonly=True), array(number, 1, "C"), array(numba.float64, 2, "C")
-    integers, read, table = (array(t, n, "C", readonly=True) for t, n in ((i, 1), (number, 1), (number, 2)))
-    of = integers, array(i, 3, "C", readonly=True), integers, read, read
-    scratch = array(numba.uint32, 2, "C"), array(numba.uint64, 2, "C"), array(number, 2, "C")
-    four, made = numba.types.UniTuple(i, 4), (array(i, 1, "C"), array(i, 3, "C"))
-    common = (
-        numba.types.UniTuple(i, 8),
-        integers,
-        integers,
-        *of,
-        pair,
-        *scratch,
-        numba.boolean if key.few else numba.none,
-    )
+    (f, real), i, array = map(numba.from_dtype, map(np.dtype, key[1:3])), numba.int64, numba.types.Array
+    pair, four, eight = (numba.types.UniTuple(i, n) for n in (2, 4, 8))
+    integers, read, table = (array(t, n, "C", readonly=True) for t, n in ((i, 1), (f, 1), (f, 2)))
+    written, sums = array(f, 1, "C"), array(numba.float64, 2, "C")
+    of = integers, array(i, 3, "C", readonly=True), integers, read, read, pair
+    scratch = array(numba.uint32, 2, "C"), array(numba.uint64, 2, "C"), array(f, 2, "C")
+    common = eight, integers, integers, *of, *scratch, numba.boolean if key.few else numba.none
+    spec, boxes = numba.typeof(_Spec(0, 0, 0, 1.0, 1, True)), array(real, 2, "A", readonly=True)
+    made = array(i, 1, "C"), array(i, 3, "C"), array(i, 1, "C"), array(f, 2, "C"), sums
     return {
-        "rows": (spec, boxes, four, pair, pair, *made, array(i, 1, "C"), array(number, 2, "C"), found),
+        "rows": (spec, boxes, four, pair, pair, *made),
         "crops": (read, *common, numba.boolean, written),
         "spread": (written, *common, read),
-        "slopes": (read, *common, table, table, read, found, found),
+        "slopes": (read, *common, table, table, read, sums, sums),
     }[key.name]
 
 
@@ -89,9 +82,8 @@ _made: dict[tuple[str, str, str, bool], Any] = {}
 _lock = threading.RLock()
 
 
-def _loop(name: str, job: Job, few: bool = False) -> Any:
+def _loop(*key: Any) -> Any:
     """A loop as machine code."""
-    key = name, job.dtype.char, job.boxes.dtype.char, few
     return _made.get(key) or _make(_Key(*key))
 
 
@@ -148,7 +140,7 @@ def _rows(job: Job, some: slice, slopes: bool, room: int) -> Rows:
     begin, pixel = np.empty(len(boxes) * (rule.bins[0] + rule.bins[1]) + 1, np.int64), np.empty(room, np.int64)
     extent, values = np.empty((2, 2, len(boxes)), np.int64), np.empty((3 if slopes else 1, room), job.dtype)
     sums = np.empty((3, min(2 * rule.sampling_ratio or max(sizes), max(sizes))))
-    loop = _loop("rows", job)
+    loop = _loop("rows", job.dtype.char, boxes.dtype.char, False)
     most = loop(_spec(rule), boxes, rule.columns, sizes, rule.bins, begin, extent, pixel, values, sums)
     return Rows(begin, extent, pixel, values, most)
 
@@ -291,7 +283,7 @@ class _Group(NamedTuple):
             np.empty((2, max(most_y, most_x) + 3), np.uint64),
             np.empty((2 + 4 * kinds, max(pixels * channels, most_y)), self.job.dtype),
         )
-        loop = _loop(name, self.job, few)
+        loop = _loop(name, self.job.dtype.char, self.job.dtype.char, few)
         loop(*strip, numbers, images, begin, extent, pixel, *term, bins, *scratch, True if few else None, *rest)
 
     def levels(self, features: np.ndarray, images: Any, numbers: np.ndarray) -> np.ndarray:

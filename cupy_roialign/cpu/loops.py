@@ -305,6 +305,8 @@ def dot_bins(total, bins, channels, ends, places, weights, grad, products):
     size = u64(channels)
     for q in range(bins):
         out, entry, end = u64(q) * size, ends[q], ends[q + 1]
+        for c in range(size if entry == end else u64(0)):
+            products[out + c] += np.float64(grad[out + c] * 0)  # a gradient that is NaN stays one
         while entry < end:
             a, v = u64(places[entry]), weights[entry]
             if entry + 1 < end:
