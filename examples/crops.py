@@ -90,7 +90,7 @@ def main() -> None:
     for dialect, results in crops.items():
         name = dialect.replace("\n", ", ")
         print(f"crops      {name:<28} {results.shape}, {results.dtype}, mean {results.mean():.1f}")
-    print(f"time       {took * 1e3:.1f} ms for all {sum(map(len, crops.values()))} crops, with NumPy on the CPU")
+    print(f"time       {took * 1e3:.1f} ms for all {sum(map(len, crops.values()))} crops, on the CPU")
     draw(photo, boxes, crops, path)
     print(f"picture    {path.resolve()}")
 
