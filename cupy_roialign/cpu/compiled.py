@@ -186,15 +186,8 @@ class _Group(NamedTuple):
         if lines:
 
             def crop(part: slice) -> None:
-                self.call(
-                    "crops",
-                    lines,
-                    _numbers(part),
-                    self.images,
-                    self.terms[0],
-                    False,
-                    lines.ordered(out[part]).reshape(-1),
-                )
+                made = lines.ordered(out[part]).reshape(-1)
+                self.call("crops", lines, _numbers(part), self.images, self.terms[0], False, made)
 
             threads.run(crop, threads.parts(len(out), cost), cost)
             return
@@ -206,7 +199,7 @@ class _Group(NamedTuple):
                 for strip in strips:
                     for term in self.terms:
                         self.call("crops", strip, numbers, window.images, term, True, made.reshape(-1))
-                out[numbers, window.channels] = made.transpose(0, 3, 1, 2)
+                out[_slice(numbers), window.channels] = made.transpose(0, 3, 1, 2)
 
         out[~self.touching()] = 0
         threads.run(work, self.windows(leveled=bool(job.directions)), cost)
@@ -228,7 +221,7 @@ class _Group(NamedTuple):
             for window in windows:
                 for strip in window.strips(total, add=True):
                     for numbers in window.batches():
-                        crops = strip.flat(grads[numbers, window.channels], dtype)
+                        crops = strip.flat(grads[_slice(numbers), window.channels], dtype)
                         for term in self.terms:
                             self.call("spread", strip, numbers, window.images, term, crops)
 
@@ -241,10 +234,8 @@ class _Group(NamedTuple):
         found, owned = np.zeros((len(self.terms), len(grads), 4)), collections.defaultdict(list)
 
         def add(strip: _Lines, numbers: np.ndarray, images: np.ndarray, crops: np.ndarray, levels: np.ndarray) -> None:
-            flat, sums = (
-                strip.flat(crops, self.job.dtype),
-                np.empty((5, max(4, self.job.rule.bins[1] * strip.where[1]))),
-            )
+            flat, size = strip.flat(crops, self.job.dtype), self.job.rule.bins[1] * strip.where[1]
+            sums = np.empty((5, max(4, size)))
             for term, to in zip(self.terms, found, strict=True):
                 self.call("slopes", strip, numbers, images, term, self.of.values, levels, flat, sums, to)
 
@@ -263,7 +254,7 @@ class _Group(NamedTuple):
                 strips, first = window.strips(features), 0
                 levels = self.levels(features[:, window.channels], window.image, window.boxes)
                 for numbers in window.batches():
-                    crops, last = grads[numbers, window.channels], first + len(numbers)
+                    crops, last = grads[_slice(numbers), window.channels], first + len(numbers)
                     for strip in strips:
                         add(strip, numbers, window.images, crops, levels[first:last])
                     first = last
@@ -348,6 +339,12 @@ def _cost(job: Job) -> int:
 
 def _numbers(part: slice) -> np.ndarray:
     return np.arange(part.start, part.stop)
+
+
+def _slice(numbers: np.ndarray) -> Any:
+    """Numbers as a slice, if they follow each other: for that NumPy makes no copy."""
+    first, last = int(numbers[0]), int(numbers[-1])
+    return slice(first, last + 1) if last - first + 1 == len(numbers) else numbers
 
 
 def _each(job: Job, channels: int) -> int:

@@ -329,28 +329,19 @@ def dot_pairs(total, size, count, pairs, factors, grad, products):
 
 
 # ---- the three functions ----
+#
+# `lines` and `where`: see compiled._Lines. `numbers`: the boxes to work on, of those that the rows `begin`, `extent`
+# and `pixel` are about; `images` has the image of each of these. `value_y`, `value_x`: values of the entries.
+# `indices`, `offsets`, `scratch`: memory for what is held of a box. `few`: True where there are less than LANES
+# channels, otherwise None; Numba compiles each of the two by itself.
 
 
 @loop
 def crops(
-    lines,
-    where,
-    numbers,
-    images,
-    begin,
-    extent,
-    pixel,
-    value_y,
-    value_x,
-    bins,
-    indices,
-    offsets,
-    scratch,
-    few,
-    again,
+    lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, indices, offsets, scratch, few, again,
     out,
-):
-    """Crops of the boxes `numbers`. `images`: of all boxes. `again`: they are added to `out`."""
+):  # fmt: skip
+    """Crops of boxes. `again`: they are added to `out`."""
     planes, channels, height, width, y0, x0, top, bottom = where
     slots, ends, places, pairs, starts, of = indices[0], indices[1], indices[2], indices[3:], offsets[0], offsets[1]
     weights_y, total, weights, factors = scratch[0], scratch[1], scratch[2], scratch[3:]

@@ -67,8 +67,8 @@ def parts(count: int, multiplications: int) -> list[slice]:
     return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
 
-def run(work: Callable[[Item], None], items: Iterable[Item], multiplications: int, most: int = 2**16) -> None:
-    """work(item) for each of the items, which must not depend on each other, on `most` threads or as are worth it.
+def run(work: Callable[[Item], None], items: Iterable[Item], multiplications: int) -> None:
+    """work(item) for each of the items, which must not depend on each other, on as many threads as are worth it.
 
     Threads live for one call: so there are none to go wrong when the process forks, and callers in several threads do
     not wait for each other.
@@ -76,7 +76,7 @@ def run(work: Callable[[Item], None], items: Iterable[Item], multiplications: in
     items = list(items)
     count = 1
     if multiplications >= WORTH_IT:
-        count = min(get_num_threads(), len(items), most)
+        count = min(get_num_threads(), len(items))
     elif _chosen is None:
         _from_environment()  # so that a wrong one is not found by large calls only
     if count == 1:
@@ -142,7 +142,7 @@ def _usable_cpus() -> int:
 def _quota(root: Path = Path("/sys/fs/cgroup")) -> int:
     """CPUs that a container grants, rounded up; many where nothing limits them."""
     try:
-        quota, period = (root / "cpu.max").read_text().split()
+        quota, period = (root / "cpu.max").read_text(encoding="ascii").split()
         return -(-int(quota) // int(period))
     except (OSError, ValueError):
         return 2**16
