@@ -64,14 +64,11 @@ docs: $(READY) ## build the guides and the API reference into out/site; a warnin
 pictures: $(READY) ## draw the conventions of coordinates again, for the guides
 	@$(BIN)/python docs/draw_conventions.py
 
-SANITIZER ?= compute-sanitizer
-RESULTS ?= benchmarks/results
+STAGES ?= smoke benchmark tests sanitizer
+RESULTS ?= out/gpu
 
-test-gpu: ## with a GPU, and CuPy, torch and pytest in $(PYTHON): tests, compute-sanitizer, benchmark
-	CUPY_ROIALIGN_REQUIRE_GPU=1 $(PYTHON) -m pytest -q -m gpu
-	for tool in memcheck racecheck initcheck synccheck; do \
-	    $(SANITIZER) --tool $$tool --error-exitcode 1 $(PYTHON) -m tests.sanitize || exit 1; done
-	$(PYTHON) -m benchmarks.gpu --out $(RESULTS)
+test-gpu: ## with a GPU, and CuPy, torch and pytest in $(PYTHON): smoke test, benchmark, all tests, compute-sanitizer
+	@$(PYTHON) -m tests.gpu_stages $(STAGES) --out $(RESULTS)
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) $(DEMO) $(BENCH) .nox build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
