@@ -12,9 +12,9 @@ struct Arguments {
     long long feature_strides[4], output_strides[4], box_strides[2], index_stride, direction_strides[4];  // in elements
     long long images, count, first_block;  // N, K, and the number of the first block of this launch
     int channels, size[2], index_kind, box_columns, direction_count;
-    int tile[2], channels_at_once;   // the most that a block works on, of an item: see Task
+    int tile[2], channels_at_once;      // the most that a block works on, of an item: see Task
     int blocks_per_item;
-    int zones[3], zone_pixels[2];    // how boxes are marked for the tiles that they touch: see feature_gradient.cu
+    int zones[3], zone_pixels[2];       // how boxes are marked for the tiles that they touch: see feature_gradient.cu
     int packed_features, packed_crops;  // whether LANES channels, the first of them a multiple of LANES, are one pack
     Rule rule;
 };
@@ -63,8 +63,6 @@ template <bool VALUE>
 struct Constant {
     __device__ constexpr operator bool() const { return VALUE; }
 };
-
-const int READS = CHANNELS_LAST ? 2 : 1;  // pixels or bins whose reads a loop has under way together
 
 // Calls `work(whole)`: whether all of LANES are read and, where channels are adjacent, as one pack.
 template <typename Work>
@@ -160,52 +158,49 @@ struct Task {
     long long item;
     int first[2], extent[2];  // of the tile, along y and x
     int first_channel, channels;
+    int number;               // among the blocks of its item
 
-    // Sets that of the current block.
-    __device__ void find(const Arguments& a, const int* size) {
-        if (threadIdx.x == 0) assign(a, size);
+    // Sets that of the current block. Blocks with numbers near each other run together. `by_channels`: they are those of
+    // many items for the same channels, whose pixels stay in the L2 cache; otherwise, those of an item.
+    __device__ void find(const Arguments& a, bool by_channels, const int* size) {
+        if (threadIdx.x == 0) assign(a, by_channels, size);
         __syncthreads();
     }
 
-    __device__ void assign(const Arguments& a, const int* size) {
-        const int groups = (a.channels + a.channels_at_once - 1) / a.channels_at_once;
-        long long block = a.first_block + blockIdx.x;
-        first_channel = (int)(block % groups) * a.channels_at_once;
+    __device__ void assign(const Arguments& a, bool by_channels, const int* size) {
+        const int groups = (a.channels + a.channels_at_once - 1) / a.channels_at_once, tiles = a.blocks_per_item / groups;
+        const long long block = a.first_block + blockIdx.x, items_tiles = by_channels ? a.count * tiles : 0;
+        const int group = (int)(by_channels ? block / items_tiles : block % groups);
+        const long long left = by_channels ? block % items_tiles : block / groups;
+        const int tile = (int)(left % tiles), tiles_x = (size[1] + a.tile[1] - 1) / a.tile[1];
+        item = left / tiles;
+        number = group * tiles + tile;
+        first[0] = tile / tiles_x * a.tile[0];
+        first[1] = tile % tiles_x * a.tile[1];
+        for (int axis = 0; axis < 2; ++axis) extent[axis] = min(a.tile[axis], size[axis] - first[axis]);
+        first_channel = group * a.channels_at_once;
         channels = min(a.channels_at_once, a.channels - first_channel);
-        block /= groups;
-        for (int axis = 1; axis >= 0; --axis) {
-            const int tiles = (size[axis] + a.tile[axis] - 1) / a.tile[axis];
-            first[axis] = (int)(block % tiles) * a.tile[axis];
-            extent[axis] = min(a.tile[axis], size[axis] - first[axis]);
-            block /= tiles;
-        }
-        item = block;
     }
 
     // Bins or pixels of the tile, each for LANES channels.
     __device__ int spots() const { return (channels + LANES - 1) / LANES * extent[0] * extent[1]; }
 };
 
-// One of a task's spots. Successive spots are adjacent in memory.
+// One of a task's spots. Successive spots are adjacent in memory or, with `by_rows`, at least of one row of pixels: those
+// that a box does not touch are then left out by a whole warp.
 struct Spot {
     int y, x;            // in the tile
-    int channel, lanes;  // the first of its channels, and how many it has; 0: there is no such spot
+    // The first of its channels, and how many it has; 0 or less: there is no such spot. A maximum with 0 is not taken:
+    // for sm_90 the compilers of CUDA 12.9 to 13.2 then make `lanes == LANES` of any number but 0.
+    int channel, lanes;
 
-    __device__ Spot(const Task& task, int number) {
-        const int groups = (task.channels + LANES - 1) / LANES;
-        if (CHANNELS_LAST) {
-            channel = number % groups * LANES;
-            number /= groups;
-            x = number % task.extent[1];
-            y = number / task.extent[1];
-            lanes = y < task.extent[0] ? min(LANES, task.channels - channel) : 0;
-        } else {
-            x = number % task.extent[1];
-            number /= task.extent[1];
-            y = number % task.extent[0];
-            channel = number / task.extent[0] * LANES;
-            lanes = max(0, min(LANES, task.channels - channel));
-        }
-        channel += task.first_channel;
+    __device__ Spot(const Task& task, int number, bool by_rows) {
+        const int groups = (task.channels + LANES - 1) / LANES, width = task.extent[1], height = task.extent[0];
+        int group;
+        if (CHANNELS_LAST) group = number % groups, x = number / groups % width, y = number / groups / width;
+        else if (by_rows) x = number % width, group = number / width % groups, y = number / width / groups;
+        else x = number % width, y = number / width % height, group = number / width / height;
+        lanes = y < height ? min(LANES, task.channels - group * LANES) : 0;
+        channel = task.first_channel + group * LANES;
     }
 };

@@ -2,8 +2,7 @@
 // adds up its outputs, the threads' sums are added in a fixed order, and a second kernel adds those of a box's blocks.
 
 // Adds the sums of `width` neighbours up into the first of them.
-template <int width>
-DEVICE void add_up(Compute (*sums)[THREADS]) {
+DEVICE void add_up(Compute (*sums)[THREADS], int width) {
     const int thread = threadIdx.x;
     for (int half = width / 2; half > 0; half /= 2) {
         __syncthreads();
@@ -17,12 +16,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) box_gradient(const
     __shared__ TapTable<SlopedWeight> along[2];
     __shared__ Compute sums[SUMS][THREADS];
     __shared__ long long image;
-    task.find(a, a.rule.bins);
+    task.find(a, true, a.rule.bins);
     Compute total[SUMS] = {};
     bool held = false;
     if (a.rule.taps != NEAREST) for_taps(a, task, along, image, held, term_count(a), [&](int) {
-        for (int number = threadIdx.x; number < task.spots(); number += THREADS) {
-            const Spot spot(task, number);
+        for (int number = threadIdx.x; number < task.spots(); number += blockDim.x) {
+            const Spot spot(task, number, false);
             const int taps_y = along[0].count[spot.y], taps_x = along[1].count[spot.x];
             if (taps_y == 0 || taps_x == 0) continue;
             const Offset crop = (Offset)task.item * (Offset)a.output_strides[0] +
@@ -60,9 +59,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) box_gradient(const
         }
     });
     for (int s = 0; s < SUMS; ++s) sums[s][threadIdx.x] = total[s];
-    add_up<THREADS>(sums);
+    add_up(sums, blockDim.x);
     if (threadIdx.x == 0)
-        for (int s = 0; s < SUMS; ++s) ((Compute*)a.workspace)[(a.first_block + blockIdx.x) * SUMS + s] = sums[s][0];
+        for (int s = 0; s < SUMS; ++s) ((Compute*)a.workspace)[(task.item * a.blocks_per_item + task.number) * SUMS + s] = sums[s][0];
 }
 
 // A few threads per box.
@@ -74,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) box_gradient_sum(c
     for (int block = threadIdx.x % WIDTH; k < a.count && block < a.blocks_per_item; block += WIDTH)
         for (int s = 0; s < SUMS; ++s) total[s] += ((const Compute*)a.workspace)[(k * a.blocks_per_item + block) * SUMS + s];
     for (int s = 0; s < SUMS; ++s) sums[s][threadIdx.x] = total[s];
-    add_up<WIDTH>(sums);
+    add_up(sums, WIDTH);
     if (k >= a.count || threadIdx.x % WIDTH) return;
     Real edges[4];
     const bool sound = open_box(a, k, edges) >= 0;

@@ -2,9 +2,10 @@
 // boxes that touch the tile, adds up what each contributes, in the order of the boxes, and writes each element once. So
 // results are bitwise reproducible, and neither atomics nor zeroed memory are needed.
 
-const int BINS = MOST_TILE;               // along each axis of a chunk
-const int CHUNKS = THREADS / (2 * BINS);  // processed together, one thread for each bin, or pixel, of their two axes
-const int WORD = 32;                      // boxes per word of marks
+const int BINS = MOST_TILE;  // along each axis of a chunk
+const int CHUNKS = 16;       // processed together at most
+const int WORD = 32;         // boxes per word of marks
+const int RUN = 16;          // neighbours that `add_along` adds up: the root of THREADS
 
 // The positions whose taps may touch the pixels [start, stop) of an axis. Clamping brings samples from up to one pixel
 // outside to the border.
@@ -98,7 +99,7 @@ struct Range {
     __device__ Range(const Axis& axis, int bins, const Interval& interval) {
         const Real u = ((Real)interval.least - axis.start) / axis.step, v = ((Real)interval.most - axis.start) / axis.step;
         const Real rounding = sizeof(Real) == 4 ? (Real)4e-6 : (Real)1e-14;
-        const Real slack = 2 + rounding * (fabs(u) + fabs(v) + fabs(axis.start / axis.step));
+        const Real slack = (Real)0.01 + rounding * (fabs(u) + fabs(v) + fabs(axis.start / axis.step));
         const Real low = (u < v ? u : v) - slack, high = (u < v ? v : u) + slack;
         // so written that NaN takes in all of them
         from = low > 0 ? (low < bins ? (int)low : bins) : 0;
@@ -132,22 +133,36 @@ DEVICE long long chunks_of(const Arguments& a, const Interval* tile, long long k
     return count;
 }
 
-// A chunk's weights on the tile's pixels, along each axis.
+// The weights of chunks on the tile's pixels, along each axis.
 struct ChunkWeights {
-    long long box;
-    int first[2], bins[2];
-    Compute weight[2][BINS][MOST_TILE + 1];    // one more, so that bins lie in different banks
-    int from[2][MOST_TILE], to[2][MOST_TILE];  // the bins that touch each pixel
+    struct Bins { unsigned char from, to; };
+
+    Offset first[CHUNKS];  // of a chunk's first bin in channel 0, among the crops
+    int bins[CHUNKS][2];
+    Bins touching[CHUNKS][2][MOST_TILE];  // a pixel
+    int width;                            // `width_of`
+    Compute weights[32 / sizeof(Compute) * 2 * BINS * (MOST_TILE + 1)];
+
+    // From a bin's weights to the next one's: odd, so that bins lie in different banks.
+    static __device__ int width_of(const Arguments& a) { return max(a.tile[0], a.tile[1]) | 1; }
+
+    // How many chunks there is room for: more where tiles are small.
+    __device__ int room(const Arguments& a) const {
+        return min(CHUNKS, (int)(sizeof weights / sizeof(Compute)) / (2 * BINS * width_of(a)));
+    }
+
+    __device__ Compute* of(int chunk, int axis, int bin) { return weights + ((2 * chunk + axis) * BINS + bin) * width; }
 
     // One thread per bin.
-    __device__ void fill(const Arguments& a, const Task& task, const Interval& tile, const Chunk& chunk, int axis, int bin) {
-        if (axis == 0 && bin == 0) {
-            box = chunk.box;
-            for (int i = 0; i < 2; ++i) first[i] = chunk.first[i], bins[i] = chunk.bins[i];
-        }
+    __device__ void fill(const Arguments& a, const Task& task, const Interval& tile, int to, const Chunk& chunk, int axis,
+                         int bin) {
+        if (axis == 0 && bin == 0)
+            first[to] = (Offset)chunk.box * (Offset)a.output_strides[0] + (Offset)chunk.first[0] * (Offset)a.output_strides[2] +
+                        (Offset)chunk.first[1] * (Offset)a.output_strides[3];
+        if (bin == 0) bins[to][axis] = chunk.bins[axis];
         if (bin >= chunk.bins[axis]) return;
-        Compute* weights = weight[axis][bin];
-        for (int i = 0; i < task.extent[axis]; ++i) weights[i] = 0;
+        Compute* here = of(to, axis, bin);
+        for (int i = 0; i < task.extent[axis]; ++i) here[i] = 0;
         const int number = chunk.first[axis] + bin, start = task.first[axis], size = a.size[axis];
         const Axis along = axes_of(a, chunk.box)[axis];
         const Change change = change_of(a, chunk.box, chunk.term, axis);
@@ -166,62 +181,68 @@ struct ChunkWeights {
                 at_high = low == high ? (Compute)0 : (change.start + lever_of(a.rule, number, i, each) * change.step) * each;
                 at_low = -at_high;
             }
-            if (low >= 0 && low < task.extent[axis]) weights[low] += at_low;
-            if (high >= 0 && high < task.extent[axis]) weights[high] += at_high;
+            if (low >= 0 && low < task.extent[axis]) here[low] += at_low;
+            if (high >= 0 && high < task.extent[axis]) here[high] += at_high;
         }
     }
 
     // One thread per pixel, after all bins are filled.
-    __device__ void find(int axis, int pixel) {
-        int first_bin = 0, end = 0;
-        for (int p = 0; p < bins[axis]; ++p)
-            if (weight[axis][p][pixel] != 0) {
-                if (end == 0) first_bin = p;
-                end = p + 1;
+    __device__ void find(int chunk, int axis, int pixel) {
+        const Compute* weight = of(chunk, axis, 0) + pixel;
+        Bins found = {0, 0};
+        for (int p = 0; p < bins[chunk][axis]; ++p, weight += width)
+            if (*weight != 0) {
+                if (found.to == 0) found.from = p;
+                found.to = p + 1;
             }
-        from[axis][pixel] = first_bin;
-        to[axis][pixel] = end;
+        touching[chunk][axis][pixel] = found;
+    }
+
+    // Adds what a chunk's bins contribute to one of the tile's spots.
+    template <typename Whole>
+    __device__ void add(Whole whole, const Arguments& a, int chunk, const Spot& spot, Compute* total) {
+        const Bins y = touching[chunk][0][spot.y], x = touching[chunk][1][spot.x];
+        if (y.from == y.to || x.from == x.to) return;
+        const Offset step_y = (Offset)a.output_strides[2], step_x = (Offset)a.output_strides[3];
+        const Offset channel = first[chunk] + (Offset)spot.channel * (Offset)a.output_strides[1];
+        const Compute* weights_y = of(chunk, 0, y.from) + spot.y;
+        const Compute* first_x = of(chunk, 1, x.from) + spot.x;
+        for (int i = y.from; i < y.to; ++i, weights_y += width) {
+            const Compute along_y = *weights_y;
+            if (along_y == 0) continue;  // 0 times NaN is not 0
+            Compute sum[LANES] = {};
+            const Compute* weights_x = first_x;
+            // Few bins touch a pixel: a loop for several at a time takes an eighth longer on an H200.
+            NO_UNROLL for (int j = x.from; j < x.to; ++j, weights_x += width) {
+                const Compute along_x = *weights_x;
+                Compute grads[LANES];
+                read_lanes<Grad>(whole, a.grad_output, channel + (Offset)i * step_y + (Offset)j * step_x,
+                                 (Offset)a.output_strides[1], spot.lanes, grads);
+                if (along_x != 0)
+                    UNROLL for (int l = 0; l < LANES; ++l) sum[l] += along_x * grads[l];
+            }
+            UNROLL for (int l = 0; l < LANES; ++l) total[l] += along_y * sum[l];
+        }
     }
 };
 
-// Adds what a chunk's bins contribute to one of the tile's spots.
-template <typename Whole>
-DEVICE void add_chunk(Whole whole, const Arguments& a, const ChunkWeights& chunk, const Spot& spot, Compute* total) {
-    const Offset strides[] = {(Offset)a.output_strides[0], (Offset)a.output_strides[1], (Offset)a.output_strides[2],
-                              (Offset)a.output_strides[3]};
-    const Offset crop = (Offset)chunk.box * strides[0] + (Offset)spot.channel * strides[1] +
-                        (Offset)chunk.first[0] * strides[2] + (Offset)chunk.first[1] * strides[3];
-    const int from = chunk.from[1][spot.x], to = chunk.to[1][spot.x];
-    if (from == to) return;
-    for (int i = chunk.from[0][spot.y]; i < chunk.to[0][spot.y]; ++i) {
-        const Compute along_y = chunk.weight[0][i][spot.y];
-        if (along_y == 0) continue;  // 0 times NaN is not 0
-        Compute sum[LANES] = {};
-        UNROLL_READS for (int j = from; j < to; ++j) {
-            const Compute along_x = chunk.weight[1][j][spot.x];
-            Compute grads[LANES];
-            read_lanes<Grad>(whole, a.grad_output, crop + (Offset)i * strides[2] + (Offset)j * strides[3], strides[1],
-                             spot.lanes, grads);
-            if (along_x != 0)
-                UNROLL for (int l = 0; l < LANES; ++l) sum[l] += along_x * grads[l];
-        }
-        UNROLL for (int l = 0; l < LANES; ++l) total[l] += along_y * sum[l];
-    }
-}
-
-// Adds `value` up over a block's threads: sums[result][i] is the sum of those of threads 0 to i.
-DEVICE int add_along(long long (*sums)[THREADS], long long value) {
+// Adds `value` up over a block's threads: sums[i] is the sum of those of threads 0 to i.
+DEVICE void add_along(long long* sums, long long value) {
     const int thread = threadIdx.x;
-    int now = 0;
     __syncthreads();  // before the sums of an earlier call are overwritten
-    sums[0][thread] = value;
-    UNROLL for (int step = 1; step < THREADS; step *= 2) {
-        __syncthreads();
-        sums[1 - now][thread] = sums[now][thread] + (thread >= step ? sums[now][thread - step] : 0);
-        now = 1 - now;
-    }
+    sums[thread] = value;
     __syncthreads();
-    return now;
+    const int run = thread / RUN * RUN;
+    UNROLL for (int i = 0; i < RUN - 1; ++i)
+        if (run + i < thread) value += sums[run + i];
+    __syncthreads();
+    sums[thread] = value;
+    __syncthreads();
+    UNROLL for (int i = RUN - 1; i < THREADS - 1; i += RUN)  // the sums of whole runs
+        if (i < run) value += sums[i];
+    __syncthreads();
+    sums[thread] = value;
+    __syncthreads();
 }
 
 // The first thread whose sum is larger than `number`, and by how much `number` is beyond the sum of those before it.
@@ -234,77 +255,115 @@ DEVICE int owner_of(const Sum* sums, long long number, long long& beyond) {
     return before;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) feature_gradient(const Arguments a) {
-    __shared__ Task task;
-    __shared__ Interval tile[2];
-    __shared__ ChunkWeights chunks[CHUNKS];
-    __shared__ long long sums[2][THREADS], boxes[THREADS];
-    __shared__ unsigned words[THREADS];
-    __shared__ unsigned short marked[THREADS];  // in the words up to each
-    const int thread = threadIdx.x, own = thread / (2 * BINS), axis = thread / BINS % 2, bin = thread % BINS;
-    task.find(a, a.size);
-    if (thread < 2) tile[thread] = interval_of(task.first[thread], task.first[thread] + task.extent[thread], a.size[thread]);
-    Compute total[SPOTS][LANES];
-    UNROLL for (int m = 0; m < SPOTS; ++m)
-        UNROLL for (int l = 0; l < LANES; ++l) total[m][l] = 0;
+// Finds the chunks of boxes that touch a tile, in the boxes' order, as many at a time as there is room for.
+struct Search {
+    Interval tile[2];
+    ChunkWeights chunks;
+    long long sums[THREADS];
+    unsigned words[THREADS];
+    unsigned short marked[THREADS], boxes[THREADS];  // how many in the words up to each; the numbers of candidates in them
+};
 
-    for (long long first_word = 0; first_word < words_of(a); first_word += THREADS) {
-        // Which of the next THREADS * WORD boxes may touch the tile.
+// Where a search is, the same for all threads: in the words from `word` on, whose `marked` boxes are candidates; among
+// them in the THREADS from `base` on, which have so many chunks; and so many of these are done.
+struct Cursor {
+    long long word = -THREADS, chunks = 0, done = 0;
+    int base = 0, marked = 0;
+};
+
+// Sets `search.chunks` to the next ones; returns how many, and 0 at the end.
+DEVICE int next_chunks(const Arguments& a, const Task& task, Search& search, Cursor& at) {
+    const int thread = threadIdx.x, room = search.chunks.room(a);
+    while (at.done == at.chunks) {
+        if (at.base + THREADS < at.marked) {
+            // Which of the next THREADS candidates touch the tile, and by how many chunks.
+            at.base += THREADS;
+            long long count = 0, beyond;
+            if (at.base + thread < at.marked) {
+                const int word = owner_of(search.marked, at.base + thread, beyond);
+                unsigned left = search.words[word];
+                for (; beyond > 0; --beyond) left &= left - 1;  // without the lowest bit
+                search.boxes[thread] = (unsigned short)(word * WORD + __ffs(left) - 1);
+                const long long k = at.word * WORD + search.boxes[thread];
+                const Bounds bounds = bounds_of(a)[k];
+                if (bounds.image == task.item && bounds.touch(0, search.tile[0]) && bounds.touch(1, search.tile[1]))
+                    count = chunks_of(a, search.tile, k);
+            }
+            add_along(search.sums, count);
+            at.chunks = search.sums[THREADS - 1];
+            at.done = 0;
+            continue;
+        }
+        // Which of the next THREADS * WORD boxes may touch it.
+        at.word += THREADS;
+        if (at.word >= words_of(a)) return 0;
         unsigned word = 0;
-        if (first_word + thread < words_of(a)) {
+        if (at.word + thread < words_of(a)) {
             const int zones[3] = {task.first[0] / a.zone_pixels[0], task.first[1] / a.zone_pixels[1],
                                   (int)(task.item % a.zones[2])};
             word = ~0u;
-            for (int kind = 0; kind < 3; ++kind) word &= marks_of(a, zone_row(a, kind, zones[kind]))[first_word + thread];
+            for (int kind = 0; kind < 3; ++kind) word &= marks_of(a, zone_row(a, kind, zones[kind]))[at.word + thread];
         }
+        at.marked = 0;
         if (!__syncthreads_or(word != 0)) continue;
-        words[thread] = word;
-        int now = add_along(sums, __popc(word));
-        marked[thread] = (unsigned short)sums[now][thread];
+        search.words[thread] = word;
+        add_along(search.sums, __popc(word));
+        search.marked[thread] = (unsigned short)search.sums[thread];
+        at.marked = (int)search.sums[THREADS - 1];
+        at.base = -THREADS;
         __syncthreads();
-
-        for (int base = 0; base < marked[THREADS - 1]; base += THREADS) {
-            // Which of the next THREADS candidates touch it, and by how many chunks.
-            long long count = 0, all_before;
-            if (base + thread < marked[THREADS - 1]) {
-                const int at = owner_of(marked, base + thread, all_before);
-                unsigned left = words[at];
-                for (; all_before > 0; --all_before) left &= left - 1;  // without the lowest bit
-                const long long k = boxes[thread] = (first_word + at) * WORD + __ffs(left) - 1;
-                const Bounds bounds = bounds_of(a)[k];
-                if (bounds.image == task.item && bounds.touch(0, tile[0]) && bounds.touch(1, tile[1]))
-                    count = chunks_of(a, tile, k);
-            }
-            now = add_along(sums, count);
-
-            for (long long done = 0; done < sums[now][THREADS - 1]; done += CHUNKS) {
-                const int count_now = (int)min((long long)CHUNKS, sums[now][THREADS - 1] - done);
-                if (own < count_now) {
-                    long long number;
-                    const int at = owner_of(sums[now], done + own, number);
-                    chunks[own].fill(a, task, tile[axis], Chunk(a, tile, boxes[at], number), axis, bin);
-                }
-                __syncthreads();
-                if (own < count_now && bin < task.extent[axis]) chunks[own].find(axis, bin);
-                __syncthreads();
-                UNROLL for (int m = 0; m < SPOTS; ++m) {
-                    const Spot spot(task, thread + m * THREADS);
-                    if (spot.lanes == 0) continue;
-                    by_lanes(spot.lanes, a.packed_crops, [&](auto whole) {
-                        for (int n = 0; n < count_now; ++n) add_chunk(whole, a, chunks[n], spot, total[m]);
-                    });
-                }
-                __syncthreads();  // before the chunks are overwritten
-            }
-        }
     }
-    UNROLL for (int m = 0; m < SPOTS; ++m) {
-        const Spot spot(task, thread + m * THREADS);
-        if (spot.lanes == 0) continue;
+    const int count = (int)min((long long)room, at.chunks - at.done);
+    __syncthreads();  // before the chunks are overwritten
+    for (int i = thread; i < count * 2 * BINS; i += THREADS) {
+        const int to = i / (2 * BINS), axis = i / BINS % 2;
+        long long number;
+        const int owner = owner_of(search.sums, at.done + to, number);
+        const Chunk chunk(a, search.tile, at.word * WORD + search.boxes[owner], number);
+        search.chunks.fill(a, task, search.tile[axis], to, chunk, axis, i % BINS);
+    }
+    __syncthreads();
+    for (int i = thread; i < count * 2 * MOST_TILE; i += THREADS) {
+        const int axis = i / MOST_TILE % 2, pixel = i % MOST_TILE;
+        if (pixel < task.extent[axis]) search.chunks.find(i / (2 * MOST_TILE), axis, pixel);
+    }
+    __syncthreads();
+    at.done += count;
+    return count;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) feature_gradient(const Arguments a) {
+    __shared__ Task task;
+    __shared__ Search search;
+    task.find(a, false, a.size);
+    if (threadIdx.x == 0) search.chunks.width = ChunkWeights::width_of(a);
+    if (threadIdx.x < 2) {
+        const int start = task.first[threadIdx.x];
+        search.tile[threadIdx.x] = interval_of(start, start + task.extent[threadIdx.x], a.size[threadIdx.x]);
+    }
+    int held = -1;  // how many chunks the tile has, if all lie in `search.chunks` from the round before
+    for (int first = 0; first < task.spots(); first += THREADS) {
+        Compute total[LANES] = {};
+        Cursor cursor;
+        int batches = 0, all = 0;
+        for (bool more = true; more;) {
+            const int count = held >= 0 ? held : next_chunks(a, task, search, cursor);
+            const Spot spot(task, first + threadIdx.x, true);
+            if (spot.lanes > 0)
+                by_lanes(spot.lanes, a.packed_crops, [&](auto whole) {
+                    for (int n = 0; n < count; ++n) search.chunks.add(whole, a, n, spot, total);
+                });
+            more = held < 0 && count > 0;
+            batches += more;
+            all += count;
+        }
+        if (batches <= 1) held = all;
+        const Spot spot(task, first + threadIdx.x, true);
+        if (spot.lanes <= 0) continue;
         write_lanes(a.result,
             (Offset)task.item * (Offset)a.feature_strides[0] + (Offset)spot.channel * (Offset)a.feature_strides[1] +
                 (Offset)(task.first[0] + spot.y) * (Offset)a.feature_strides[2] +
                 (Offset)(task.first[1] + spot.x) * (Offset)a.feature_strides[3],
-            (Offset)a.feature_strides[1], spot.lanes, a.packed_features, total[m]);
+            (Offset)a.feature_strides[1], spot.lanes, a.packed_features, total);
     }
 }

@@ -174,10 +174,10 @@ def candidates(start: Real, step: Real, samples: Any, origin: Real, size: int, r
     return np.int64(select(none, 0.0, first)), np.int64(select(none, 0.0, stop))
 
 
-def precision(rule: Rule, features: str, boxes: str) -> str:
+def precision(frame: int, features: str, boxes: str) -> str:
     """The dtype of positions, for features and boxes of the dtypes of these names.
 
     That of the wider of the two; TensorFlow takes float32 boxes with float64 images, and computes in float32.
     """
-    decisive = (boxes,) if rule.frame == Frame.NORMALIZED else (boxes, features)
+    decisive = (boxes,) if frame == Frame.NORMALIZED else (boxes, features)
     return "float64" if "float64" in decisive else "float32"

@@ -142,7 +142,8 @@ def test_arguments_are_packed_in_the_order_of_their_names():
     directions = [arguments.View(200, (91, 92), (7, 5), "float32")]
     types = kernels.Types("float32", "float32", "float32", "float32", False, False)
     zones = Zones((15, 16, 17), (18, 19))
-    packed = arguments.pack(views, directions, rule, types, Tiling((12, 13), 11, 14), zones, 105, 77)
+    template = arguments.template(views[:4], directions, types, Tiling((12, 13), 11, 14, 64), zones)
+    packed = arguments.fill(template, (100, 101, 102, 103, 104, 105, 200), rule, 77)
     fields = {name: packed[name].tolist() for name in arguments.ARGUMENTS.names if name != "rule"}
     assert {name: packed["rule"][name].tolist() for name in arguments.RULE.names} == {
         "spatial_scale": 0.25, "extrapolation_value": -1.5, "frame": 2, "taps": 2, "border": 1, "bins": [8, 9],
@@ -193,7 +194,7 @@ def test_offsets_of_64_bits_give_the_same(cupy, launched, monkeypatch):
     from cupy_roialign.gpu.cupy_arrays import CupyBackend
 
     features, boxes = (CupyBackend().view(cupy.asarray(array)) for array in given[:2])
-    assert backend.types_of(features, features, boxes, rules.roi_align((5, 9))).large
+    assert backend.types_of(features, features, boxes, Frame.SCALED).large
     for a, b in zip(narrow, run(cupy, *given), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -211,8 +212,9 @@ def test_channels_that_are_read_together_and_those_that_are_not(first, channels,
     grads = np.ascontiguousarray(cotangent[:, of_them].transpose(0, 2, 3, 1))
     on_gpu = cupy.asarray(values).transpose(0, 3, 1, 2)[:, of_them]
     view = CupyBackend().view(on_gpu)
-    lanes = backend.types_of(view, view, CupyBackend().view(cupy.asarray(boxes)), rules.roi_align((5, 9))).lanes
-    assert view.is_packed(lanes) == (first % lanes == 0)
+    lanes = backend.types_of(view, view, CupyBackend().view(cupy.asarray(boxes)), Frame.SCALED).lanes
+    itemsize = np.dtype(dtype).itemsize
+    assert view.is_packed(lanes) == (first * itemsize % min(16, lanes * itemsize) == 0)
     options = {"output_size": (5, 9), "sampling_ratio": 2, "batch_indices": indices}
     expected, pullback = cr.vjp(cr.roi_align, last, boxes, **options)
     options["batch_indices"] = cupy.asarray(indices)
@@ -256,13 +258,13 @@ def test_many_channels_in_rounds(order, sampling_ratio, cupy, launched, monkeypa
     found = []
     for blocks in (10**6, 1):
         monkeypatch.setattr(tiling, "MANY_BLOCKS", blocks)
-        Tiling.of.cache_clear()
+        backend.plan.cache_clear()
         launched.clear()
         found.append(run(cupy, features, boxes, indices, cotangent, sampling_ratio))
         assert (dict(launched)["forward"] == 2 * len(boxes)) == (blocks == 1)
         given = [cupy.asarray(array) for array in (features, boxes, indices)]
         found[-1].append(CupyBackend().forward(*given, rule, [cupy.asarray(boxes + 1)]).get())
-    Tiling.of.cache_clear()
+    backend.plan.cache_clear()
     for i, precision in enumerate((0, 0, 1e-5, 0)):
         tolerance.assert_close(found[1][i], found[0][i], precision)
     assert np.isnan(found[1][0][3]).all()
@@ -286,7 +288,6 @@ def test_a_view_is_packed_where_one_access_reaches_its_channels():
 @pytest.mark.parametrize("features", list(kernels.CTYPES))
 def test_tilings_cover_everything_once(features, channels_last):
     types = kernels.Types(features, "float32", "float32", "float32", False, channels_last)
-    assert types.lanes * types.spots == types.outputs
     for size in ((1, 1), (7, 7), (14, 14), (9, 300), (224, 224), (1, 1000), (0, 5)):
         for channels in (0, 1, 3, 20, 256, 1024):
             for items in (None, 1, 100, 10**6):
@@ -297,7 +298,10 @@ def test_tilings_cover_everything_once(features, channels_last):
                 if 0 not in size and channels:
                     assert cut.blocks == np.prod(tiles) * -(-channels // cut.channels)
                 spots = np.prod(cut.tile) * cut.channels // types.lanes
-                assert items is not None or spots <= kernels.THREADS * types.spots
+                assert items is not None or spots <= kernels.THREADS
+                assert cut.threads in (64, 128, 256)
+                assert cut.threads >= min(spots, kernels.THREADS)
+                assert cut.threads < 2 * max(spots, 33)
 
 
 def test_several_launches_for_many_blocks(cupy, launched, monkeypatch):

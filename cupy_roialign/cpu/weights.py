@@ -70,7 +70,7 @@ class Job:
         cls, features: Any, boxes: np.ndarray, images: np.ndarray, rule: Rule, directions: Sequence[np.ndarray]
     ) -> Job:
         name = arrays.dtype_name(features)
-        real = geometry.precision(rule, name, arrays.dtype_name(boxes))
+        real = geometry.precision(rule.frame, name, arrays.dtype_name(boxes))
         dtype = np.dtype(arrays.compute_name(name))
         return cls(tuple(features.shape), dtype, boxes.astype(real, copy=False), images, rule, directions)
 

@@ -72,7 +72,7 @@ def chosen(options: argparse.Namespace) -> list[Instantiation]:
             and types.features in features
             and types.crops == arrays.output_name(types.features)
             and types.boxes in options.box_dtype
-            and any(types.positions == geometry.precision(r, types.features, types.boxes) for r in rules)
+            and any(types.positions == geometry.precision(r.frame, types.features, types.boxes) for r in rules)
             and types.channels_last in ORDERS[options.order]
             and (options.large or not types.large)
         )

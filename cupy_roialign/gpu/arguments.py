@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,11 @@ class View(NamedTuple):
     dtype: str
 
     @property
+    def layout(self) -> tuple[Any, ...]:
+        """All but where it is: of the pointer what decides on the widest access."""
+        return (self.pointer % 16, *self[1:])
+
+    @property
     def last_offset(self) -> int:
         """The largest offset of an element, in elements."""
         if 0 in self.shape:
@@ -35,9 +40,11 @@ class View(NamedTuple):
 
     def is_packed(self, lanes: int) -> bool:
         """Whether so many channels, from a multiple of that number on, are adjacent, for accesses of up to 16 bytes."""
-        if self.strides[1] != 1 or self.pointer % min(16, lanes * ITEMSIZES[self.dtype]):
+        alignment = min(16, lanes * ITEMSIZES[self.dtype])
+        if self.strides[1] != 1 or self.pointer % alignment:
             return False
-        return not any(self.strides[axis] % lanes for axis in (0, 2, 3) if self.shape[axis] > 1)
+        steps = [self.strides[axis] for axis in (0, 2, 3) if self.shape[axis] > 1]
+        return not any(step * ITEMSIZES[self.dtype] % alignment for step in steps)
 
 
 RULE = np.dtype(
@@ -102,6 +109,12 @@ def _packer(dtype: np.dtype) -> struct.Struct:
 
 _ARGUMENTS, _RULE = _packer(ARGUMENTS), _packer(RULE)
 
+POINTERS = 8
+"""How many pointers ARGUMENTS begins with."""
+
+_POINTERS, _NUMBER = struct.Struct(f"@{POINTERS}Q"), struct.Struct("@q")
+_FIRST_BLOCK: int = ARGUMENTS.fields["first_block"][1]  # type: ignore[index]
+
 
 def rule_bytes(rule: Rule) -> bytes:
     """RULE of a rule."""
@@ -119,36 +132,24 @@ def rule_bytes(rule: Rule) -> bytes:
     return packed.ljust(RULE.itemsize, b"\0")
 
 
-def pack(
-    views: Sequence[View],
-    directions: Sequence[View],
-    rule: Rule,
-    types: Types,
-    tiling: Tiling,
-    zones: Zones = Zones(),  # noqa: B008 (immutable)
-    workspace: int = 0,
-    first_block: int = 0,
-) -> np.ndarray:
-    """ARGUMENTS of a launch.
+def template(views: Sequence[View], directions: Sequence[View], types: Types, tiling: Tiling, zones: Zones) -> bytes:
+    """ARGUMENTS of a call's launches, but for what `fill` adds.
 
-    `views`: features or their gradient, crops or their gradient, boxes, batch indices, result.
+    `views`: features or their gradient, crops or their gradient, boxes, batch indices. Of their pointers only the
+    alignment counts.
     """
-    planes, crops, boxes, indices, _ = views
-    absent = 2 - len(directions)
+    planes, crops, boxes, indices = views
     packed = _ARGUMENTS.pack(
-        *(view.pointer for view in views),
-        workspace,
-        *(view.pointer for view in directions),
-        *[0] * absent,
+        *[0] * POINTERS,
         *planes.strides,
         *crops.strides,
         *boxes.strides,
         *indices.strides,
         *(stride for view in directions for stride in view.strides),
-        *[0] * 2 * absent,
+        *[0] * 2 * (2 - len(directions)),
         planes.shape[0],
         boxes.shape[0],
-        first_block,
+        0,
         *planes.shape[1:],
         INDEX_KINDS[indices.dtype],
         boxes.shape[1],
@@ -161,7 +162,13 @@ def pack(
         planes.is_packed(types.lanes),
         crops.is_packed(types.lanes),
     )
-    whole = bytearray(ARGUMENTS.itemsize)  # writable, as NumPy and CuPy want it
-    whole[: len(packed)] = packed
+    return packed.ljust(ARGUMENTS.itemsize, b"\0")
+
+
+def fill(given: bytes, pointers: Sequence[int], rule: Rule, first_block: int) -> np.ndarray:
+    """ARGUMENTS of a launch. `pointers`: those of the template's views, the result, workspace and directions."""
+    whole = bytearray(given)  # writable, as NumPy and CuPy want it
+    _POINTERS.pack_into(whole, 0, *pointers, *[0] * (POINTERS - len(pointers)))
+    _NUMBER.pack_into(whole, _FIRST_BLOCK, first_block)
     whole[-RULE.itemsize :] = rule_bytes(rule)
     return np.frombuffer(whole, ARGUMENTS).reshape(())

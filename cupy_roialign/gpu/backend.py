@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,14 +27,23 @@ LARGE = 2**31
 """Elements from which on offsets take 64 bits."""
 
 
-class _Work(NamedTuple):
-    """What the launches of one call have in common."""
+class Plan(NamedTuple):
+    """What the launches of a call have in common, but for where the arrays are."""
 
     types: kernels.Types
+    tiling: Tiling
+    zones: Zones
+    template: bytes
+
+
+class _Work(NamedTuple):
+    """A call's plan, and the arrays: converted ones must live until the kernels are launched."""
+
+    plan: Plan
     rule: Rule
-    views: Sequence[arguments.View]  # features or their gradient, crops or their gradient, boxes, batch indices
-    directions: Sequence[arguments.View]
-    owners: Any  # the arrays of the views: converted ones must live until the kernels are launched
+    pointers: Sequence[int]  # of the views of `plan`
+    directions: Sequence[int]
+    owners: Any
 
 
 class GpuBackend(abc.ABC):
@@ -76,11 +86,11 @@ class GpuBackend(abc.ABC):
         with self.on(features):
             features = self._known(features)
             dtype = arrays.output_name(arrays.dtype_name(features))
-            output = self._allocate((len(boxes), features.shape[1], *rule.bins), dtype, features, features)
+            output = self._allocate((boxes.shape[0], features.shape[1], *rule.bins), dtype, features, features)
             work = self._work(features, output, boxes, batch_indices, directions, rule)
-            tiling = Tiling.of(rule.bins, features.shape[1], work.types, len(boxes))
+            tiling = work.plan.tiling
             name = "forward_along" if directions else "forward"
-            self._launch(name, len(boxes) * tiling.blocks, work, tiling, output)
+            self._launch(name, boxes.shape[0] * tiling.blocks, work, output, threads=tiling.threads)
             return output
 
     def feature_gradient(
@@ -101,14 +111,13 @@ class GpuBackend(abc.ABC):
             dtype = arrays.output_name(arrays.dtype_name(features))
             gradient = self._allocate(tuple(features.shape), dtype, features, grad_output)
             grad = self._readable(grad_output, dtype)
-            work = self._work(gradient, grad, boxes, batch_indices, directions, rule)
-            images, size = features.shape[0], tuple(features.shape[2:])
-            tiling = Tiling.of(size, features.shape[1], work.types)
-            zones = Zones.of(images, size, tiling.tile)
-            nbytes = len(boxes) * work.types.box_bytes + zones.bytes(len(boxes))
+            work = self._work(gradient, grad, boxes, batch_indices, directions, rule, by_image=True)
+            types, tiling, zones, _ = work.plan
+            count = boxes.shape[0]
+            nbytes = count * types.box_bytes + zones.bytes(count)
             resolved = self.empty((-(-nbytes // 8),), "int64", grad_output)  # aligned for 8 bytes
-            self._launch("resolve_boxes", -(-len(boxes) // kernels.THREADS), work, tiling, gradient, resolved, zones)
-            self._launch("feature_gradient", images * tiling.blocks, work, tiling, gradient, resolved, zones)
+            self._launch("resolve_boxes", -(-count // kernels.THREADS), work, gradient, resolved)
+            self._launch("feature_gradient", features.shape[0] * tiling.blocks, work, gradient, resolved)
             return gradient
 
     def box_gradient(
@@ -129,10 +138,10 @@ class GpuBackend(abc.ABC):
             grad = self._readable(grad_output, arrays.dtype_name(features))
             gradient = self.empty(tuple(boxes.shape), kernels.box_name(arrays.dtype_name(boxes)), features)
             work = self._work(features, grad, boxes, batch_indices, directions, rule)
-            tiling = Tiling.of(rule.bins, features.shape[1], work.types, len(boxes))
-            sums = self.empty((len(boxes), tiling.blocks, kernels.SUMS), work.types.compute, features)
-            self._launch("box_gradient", len(boxes) * tiling.blocks, work, tiling, gradient, sums)
-            self._launch("box_gradient_sum", -(-len(boxes) // kernels.BOXES_PER_BLOCK), work, tiling, gradient, sums)
+            tiling, count = work.plan.tiling, boxes.shape[0]
+            sums = self.empty((count, tiling.blocks, kernels.SUMS), work.plan.types.compute, features)
+            self._launch("box_gradient", count * tiling.blocks, work, gradient, sums, threads=tiling.threads)
+            self._launch("box_gradient_sum", -(-count // kernels.BOXES_PER_BLOCK), work, gradient, sums)
             return self.cast(gradient, arrays.dtype_name(boxes))
 
     def _work(
@@ -143,8 +152,9 @@ class GpuBackend(abc.ABC):
         batch_indices: Any,
         directions: Sequence[Any],
         rule: Rule,
+        by_image: bool = False,
     ) -> _Work:
-        """The arrays in dtypes that kernels read."""
+        """The arrays in dtypes that kernels read, and the plan for them."""
         if index_checks.wanted():
             validation.whole_indices(self.host(batch_indices), planes.shape[0])
         box_dtype = kernels.box_name(arrays.dtype_name(boxes))
@@ -152,30 +162,28 @@ class GpuBackend(abc.ABC):
             batch_indices = self.cast(batch_indices, box_dtype)
         boxes, *directions = (self.cast(rows, box_dtype) for rows in (boxes, *directions))
         inputs = (planes, crops, boxes, batch_indices)
-        views = [self.view(array) for array in inputs]
-        changes = [self.view(array) for array in directions]
-        return _Work(types_of(views[0], views[1], views[2], rule), rule, views, changes, (inputs, directions))
+        views, changes = [self.view(array) for array in inputs], [self.view(array) for array in directions]
+        layouts, of_changes = tuple([view.layout for view in views]), tuple([view.layout for view in changes])
+        found = plan(layouts, of_changes, rule.frame, None if by_image else rule.bins)
+        return _Work(found, rule, [view[0] for view in views], [view[0] for view in changes], (inputs, directions))
 
     def _launch(
         self,
         name: str,
         blocks: int,
         work: _Work,
-        tiling: Tiling,
         result: Any,
         workspace: Any = None,
-        zones: Zones = Zones(),  # noqa: B008 (immutable)
+        threads: int = kernels.THREADS,
     ) -> None:
         if blocks == 0:
             return
-        views = [*work.views, self.view(result)]
-        pointer = 0 if workspace is None else self.layout(workspace)[0]
-        kernel = kernels.kernel(name, work.types)
+        of_workspace = 0 if workspace is None else self.layout(workspace)[0]
+        pointers = (*work.pointers, self.layout(result)[0], of_workspace, *work.directions)
+        kernel = kernels.kernel(name, work.plan.types)
         for first in range(0, blocks, MOST_BLOCKS):
-            packed = arguments.pack(
-                views, work.directions, work.rule, work.types, tiling, zones, workspace=pointer, first_block=first
-            )
-            kernel((min(MOST_BLOCKS, blocks - first),), (kernels.THREADS,), (packed,))
+            packed = arguments.fill(work.plan.template, pointers, work.rule, first)
+            kernel((min(MOST_BLOCKS, blocks - first),), (threads,), (packed,))
 
     def view(self, array: Any) -> arguments.View:
         """An array as a kernel sees it."""
@@ -195,15 +203,42 @@ class GpuBackend(abc.ABC):
 
     def _allocate(self, shape: tuple[int, ...], dtype: str, like: Any, beside: Any) -> Any:
         """An array of (N or K, C, height, width), channels-last in memory where `like` is."""
-        if not arrays.is_channels_last(like.shape, arrays.strides(like)):
+        if not _is_channels_last(tuple(like.shape), tuple(arrays.strides(like))):
             return self.empty(shape, dtype, beside)
         count, channels, height, width = shape
         return self.moved(self.empty((count, height, width, channels), dtype, beside), (0, 3, 1, 2))
 
 
-def types_of(planes: arguments.View, crops: arguments.View, boxes: arguments.View, rule: Rule) -> kernels.Types:
+_is_channels_last = functools.lru_cache(maxsize=1024)(arrays.is_channels_last)
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(
+    views: tuple[tuple[Any, ...], ...],
+    directions: tuple[tuple[Any, ...], ...],
+    frame: int,
+    bins: tuple[int, int] | None,
+) -> Plan:
+    """For the layouts of the template's views. Blocks share the bins of boxes or, of None, the pixels of images.
+
+    The rule itself is no key of the cache: 0.0 and -0.0 are equal.
+    """
+    planes, crops, boxes, indices = (arguments.View(*view) for view in views)
+    types = types_of(planes, crops, boxes, frame)
+    (images, channels, *size), zones = planes.shape, Zones()
+    if bins:
+        tiling = Tiling.of(bins, channels, types, boxes.shape[0])
+    else:
+        tiling = Tiling.of(tuple(size), channels, types, images)
+        zones = Zones.of(images, tuple(size), tiling.tile)
+    changes = [arguments.View(*view) for view in directions]
+    template = arguments.template((planes, crops, boxes, indices), changes, types, tiling, zones)
+    return Plan(types, tiling, zones, template)
+
+
+def types_of(planes: arguments.View, crops: arguments.View, boxes: arguments.View, frame: int) -> kernels.Types:
     """The types for some arrays; one of `kernels.every_types`."""
     large = max(planes.last_offset, crops.last_offset) >= LARGE
-    channels_last = arrays.is_channels_last(planes.shape, planes.strides)
-    precision = geometry.precision(rule, planes.dtype, boxes.dtype)
+    channels_last = _is_channels_last(planes.shape, planes.strides)
+    precision = geometry.precision(frame, planes.dtype, boxes.dtype)
     return kernels.Types(planes.dtype, crops.dtype, boxes.dtype, precision, large, channels_last)

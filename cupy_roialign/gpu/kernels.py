@@ -47,7 +47,10 @@ OPTIONS = ("-std=c++17",)
 """Options of the compiler."""
 
 THREADS = 256
-"""Threads per block."""
+"""Threads per block at most."""
+
+FEWEST_THREADS = 64
+"""Threads per block at least: the warps that find the taps along y and along x."""
 
 MOST_TILE = 16
 """The longest side of the tile that a block works on: of bins or, in the gradient of the features, of pixels."""
@@ -80,26 +83,14 @@ class Types(NamedTuple):
         return 24 + 2 * (8 + 2 * ITEMSIZES[self.positions])
 
     @property
-    def outputs(self) -> int:
-        """Sums that a thread holds in registers."""
-        return 32 // ITEMSIZES[self.compute]
-
-    @property
     def lanes(self) -> int:
-        """Channels of a pixel or bin that a thread works on together: in channels-last order one 16-byte access."""
-        if not self.channels_last:
-            return self.outputs
-        return min(self.outputs, 16 // ITEMSIZES[self.features])
+        """Channels of a pixel or bin that a thread works on together, and holds sums for in registers."""
+        return 32 // ITEMSIZES[self.compute]
 
     @property
     def blocks(self) -> int:
         """Blocks per multiprocessor that the compiler shall leave registers for."""
         return 2 if self.compute == "float64" else 4
-
-    @property
-    def spots(self) -> int:
-        """Pixels or bins that a thread works on."""
-        return self.outputs // self.lanes
 
 
 def box_name(name: str) -> str:
@@ -157,7 +148,6 @@ def source(name: str, types: Types) -> str:
         f"#define GRAD {CTYPES[types.crops]}\n"
         f"#define CHANNELS_LAST {int(types.channels_last)}\n"
         f"#define LANES {types.lanes}\n"
-        f"#define SPOTS {types.spots}\n"
         f"#define THREADS {THREADS}\n"
         f"#define BLOCKS {types.blocks}\n"
         f"#define MOST_TILE {MOST_TILE}\n"

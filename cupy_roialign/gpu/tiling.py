@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -27,16 +26,16 @@ class Tiling(NamedTuple):
     tile: tuple[int, int]  # of bins or pixels, along y and x
     channels: int  # per block; a multiple of `Types.lanes`, even where there are fewer
     blocks: int  # per item
+    threads: int  # per block
 
     @classmethod
-    @functools.lru_cache(maxsize=256)
     def of(cls, size: tuple[int, ...], channels: int, types: kernels.Types, items: int | None = None) -> Tiling:
         """For items of a size, in bins or pixels.
 
-        A block takes as many spots as its threads hold sums for. With a number of `items` it takes several times as
-        many, in rounds, where that leaves enough blocks.
+        A block takes as many spots as it has threads, at most. With a number of `items` it takes several times as many,
+        in rounds, where that leaves enough blocks.
         """
-        groups, room = -(-channels // types.lanes), kernels.THREADS * types.spots
+        groups, room = -(-channels // types.lanes), kernels.THREADS
         limit = FEW_BINS if groups * FEW_BINS**2 >= room else kernels.MOST_TILE
         cuts = [max(1, -(-n // limit)) for n in size]
         tile = tuple(-(-n // cut) for n, cut in zip(size, cuts, strict=True))
@@ -44,7 +43,10 @@ class Tiling(NamedTuple):
         if items is not None:
             rounds = max(1, -(-groups // at_once))
             at_once *= -(-rounds // max(1, -(-MANY_BLOCKS // max(1, items * math.prod(cuts)))))
-        return cls((tile[0], tile[1]), at_once * types.lanes, math.prod(cuts) * -(-groups // at_once))
+        threads = kernels.FEWEST_THREADS
+        while threads < min(kernels.THREADS, at_once * math.prod(tile)):
+            threads *= 2
+        return cls((tile[0], tile[1]), at_once * types.lanes, math.prod(cuts) * -(-groups // at_once), threads)
 
 
 class Zones(NamedTuple):

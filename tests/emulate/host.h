@@ -20,6 +20,7 @@
 #define DEVICE [[maybe_unused]] static inline
 #define UNROLL
 #define UNROLL_READS
+#define NO_UNROLL
 
 using std::max;
 using std::min;
@@ -148,7 +149,8 @@ static bool run_block(int threads, std::mt19937& random) {
         const char* barrier = nullptr;
         int votes = 0, waiting = 0;
         left = 0;
-        for (Fiber& fiber : fibers) {
+        for (int i = 0; i < threads; ++i) {
+            const Fiber& fiber = fibers[i];
             if (fiber.done) continue;
             ++left;
             if (!barrier) barrier = fiber.barrier;
@@ -170,7 +172,7 @@ static bool run_block(int threads, std::mt19937& random) {
 
 static const char* launch(void (*kernel)(), long long blocks, int threads, unsigned seed) {
     body = kernel;
-    fibers.resize(threads);
+    if ((int)fibers.size() < threads) fibers.resize(threads);  // never fewer: their stacks are kept
     for (Fiber& fiber : fibers) fiber.stack.resize(STACK);
     if (message[0])  // in an earlier launch, which left fibers where they were
         for (Fiber& fiber : fibers) fiber.begun = false;
