@@ -21,7 +21,7 @@ import cupy
 import numpy as np
 
 import cupy_roialign as cr
-from benchmarks import workloads
+from benchmarks import picture, workloads
 from benchmarks.measure import difference, spread
 from cupy_roialign import rule as rules
 from cupy_roialign.gpu import cupy_arrays, kernels
@@ -35,6 +35,7 @@ SPECS = {
     "crowd": {**workloads.SPECS["W1"], "title": "5,000 boxes in one corner", "K": 5000, "image": (230, 230)},
     "many": {**workloads.SPECS["W1"], "title": "100,000 boxes", "K": 100_000, "shape": (1, 16, 200, 272)},
 }
+NAMES = ["W1", "W2", "W3", "W4", "W5", "W6", "crowd", "many"]
 SIDES = ("torchvision", "through torch", "NCHW", "channels-last")
 
 try:
@@ -60,7 +61,8 @@ class Timer:
         times = []
         for _ in range(self.runs):
             start, stop = cupy.cuda.Event(), cupy.cuda.Event()
-            self.buffer[...] = 0  # takes long enough for the call below to be queued before it ends
+            for _ in range(4):  # takes long enough for the call below to be queued before it ends
+                self.buffer[...] = 0
             start.record()
             function()
             stop.record()
@@ -196,7 +198,8 @@ def gpu_name():
     return cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
 
 
-def measure(names, runs, flush_bytes, shrink):
+def measure(names, runs, flush_bytes, shrink, save):
+    """What all is measured of the workloads; `save` is called with what there is after each."""
     timer = Timer(runs, flush_bytes)
     bandwidth = timer.bandwidth()
     report = {
@@ -237,6 +240,7 @@ def measure(names, runs, flush_bytes, shrink):
                     for side in ("torchvision", "through torch")
                 }
             print(lines(case, times, floor), flush=True)
+            save(report)
     return report
 
 
@@ -264,32 +268,9 @@ def lines(case, times, floor):
     return "\n".join(rows)
 
 
-def picture(report, path):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    cases = report["ms: median, least, most"]
-    figure, all_axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout="constrained")
-    for axes, step in zip(all_axes, ("forward", "feature gradient"), strict=True):
-        sides = [side for side in SIDES if any(side in times[step] for times in cases.values())]
-        for number, side in enumerate(sides):
-            places = [i + (number - (len(sides) - 1) / 2) * 0.8 / len(sides) for i in range(len(cases))]
-            heights = [times[step].get(side, [np.nan])[0] for times in cases.values()]
-            label = side if side == "torchvision" else f"cupy_roialign, {side}"
-            axes.bar(places, heights, 0.8 / len(sides), label=label)
-        axes.plot(range(len(cases)), list(report["floor, ms"].values()), "k_", markersize=24, label="floor")
-        axes.set(title=step, yscale="log", ylabel="ms" if step == "forward" else "")
-        axes.set_xticks(range(len(cases)), list(cases), rotation=30, ha="right")
-    all_axes[1].legend()
-    figure.suptitle(report["gpu"])
-    figure.savefig(path, dpi=130)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=["W1", "W2", "W3", "W4", "crowd", "many"], help="workloads")
+    parser.add_argument("names", nargs="*", default=NAMES, help="workloads")
     parser.add_argument("--runs", type=int, default=50, help="runs of each kernel")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for gpu.json and gpu.png")
     parser.add_argument("--rehearse", action="store_true", help="tiny inputs and few runs, to try this script itself")
@@ -303,8 +284,13 @@ def main():
         p["out"] = p["cotangent"].shape[2:]
         return p
 
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    def save(report):
+        (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+
     print(f"{gpu_name()}; {', '.join(f'{k} {v}' for k, v in versions().items())}\n{HEADER}")
-    report = measure(options.names, runs, flush_bytes, shrink)
+    report = measure(options.names, runs, flush_bytes, shrink, save)
     print(f"copy: {report['copy, bytes a second'] / 1e12:.2f} TB/s")
     report["call, us: median, least, most"] = overhead(shrink(workloads.make("W5")), calls)
     for side, times in report["call, us: median, least, most"].items():
@@ -316,9 +302,8 @@ def main():
     if not options.rehearse:
         report["first call of a process, s"] = compile_seconds()
         print(f"first call of a process, s: {report['first call of a process, s']}")
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-    picture(report, options.out / "gpu.png")
+    save(report)
+    picture.draw_gpu(report, options.out / "gpu.png")
     print(f"wrote {options.out / 'gpu.json'} and {options.out / 'gpu.png'}")
 
 

@@ -1,6 +1,6 @@
 """What was measured, as JSON, on the screen, and as tables.
 
-python -m benchmarks.report    # brings docs/speed.md and README.md up to date with results/cpu.json
+python -m benchmarks.report    # brings the tables of README.md and docs/ up to date with results/
 """
 
 import json
@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from benchmarks.sides import OURS, PEERS, STEPS
+from benchmarks.workloads import SPECS
 
 TIMES = "ms: median, least, most"
 
@@ -123,24 +124,53 @@ def _markdown(rows):
     return "\n".join("|" + "|".join("---" if cell == "---" else f" {cell} " for cell in row) + "|" for row in rows)
 
 
+def gpu_table(report):
+    """All workloads on a GPU, for docs/gpu.md."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    ways = ("NCHW", "channels-last")
+    rows = [["workload", "dtype", "step", *ways, "torchvision, NCHW"]]
+    for case, steps in report[TIMES].items():
+        name, dtype = case.split()
+        for step, times in steps.items():
+            peer = times.get("torchvision")
+            cells = [
+                f"{factor(peer[0] / times[way][0])} ({_us(times[way])})" if peer else _us(times[way]) for way in ways
+            ]
+            first = step == STEPS[0]
+            title = f"{name}, {SPECS[name]['title']}" if first and dtype == "float32" else ""
+            rows.append([title, dtype * first, step, *cells, _us(peer) if peer else ""])
+    return f"{report['gpu']}; {versions}.\n\n{_markdown(rows)}"
+
+
+def _us(times):
+    return f"{1e3 * times[0]:.0f} µs"
+
+
 PAGES = {
-    "docs/speed.md": ("<!-- times: made by python -m benchmarks.report -->", table, "<!-- end of times -->"),
-    "README.md": ("<!-- speed -->", short_table, "<!-- end of speed -->"),
+    "docs/speed.md": ("cpu", "<!-- times: made by python -m benchmarks.report -->", table, "<!-- end of times -->"),
+    "README.md": ("cpu", "<!-- speed -->", short_table, "<!-- end of speed -->"),
+    "docs/gpu.md": ("gpu", "<!-- times: made by python -m benchmarks.report -->", gpu_table, "<!-- end of times -->"),
 }
+"""Of each page with a table: which results it is of, and what stands before and behind it."""
 
 
 def section(report, page):
     """What a page says of it."""
-    begin, make, end = PAGES[page]
+    _, begin, make, end = PAGES[page]
     gap = "\n\n" if page.startswith("docs") else "\n"
     return gap.join([begin, make(report), end])
 
 
+def read(name, root=Path(__file__).parents[1]):
+    """Stored results."""
+    return json.loads((root / f"benchmarks/results/{name}.json").read_text(encoding="utf-8"))
+
+
 def main(root=Path(__file__).parents[1]):
-    report = json.loads((root / "benchmarks/results/cpu.json").read_text(encoding="utf-8"))
-    for page, (begin, _, end) in PAGES.items():
+    for page, (name, begin, _, end) in PAGES.items():
         before, rest = (root / page).read_text(encoding="utf-8").split(begin)
-        (root / page).write_text(before + section(report, page) + rest.split(end)[1], encoding="utf-8")
+        text = before + section(read(name, root), page) + rest.split(end)[1]
+        (root / page).write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

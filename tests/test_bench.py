@@ -143,6 +143,29 @@ REPORT = {
 }
 
 
+GPU_REPORT = {
+    "gpu": "a GPU",
+    "versions": {"numpy": "2"},
+    report.TIMES: {
+        "W1 float32": {
+            "forward": {"torchvision": [0.2, 0.1, 0.3], "NCHW": [0.1, 0.1, 0.1], "channels-last": [0.4, 0.3, 0.5]},
+            "box gradient": {"NCHW": [0.0314, 0.1, 0.1], "channels-last": [0.2, 0.2, 0.2]},
+        },
+        "W1 float16": {"forward": {"NCHW": [0.1, 0.1, 0.1], "channels-last": [0.4, 0.3, 0.5]}},
+    },
+}
+
+
+def test_table_of_the_gpu():
+    versions, table = report.gpu_table(GPU_REPORT).split("\n\n")
+    assert versions == "a GPU; numpy 2."
+    assert table.splitlines()[2:] == [
+        "| W1, box head | float32 | forward | 2.0x (100 µs) | 0.5x (400 µs) | 200 µs |",
+        "|  |  | box gradient | 31 µs | 200 µs |  |",
+        "|  | float16 | forward | 100 µs | 400 µs |  |",
+    ]
+
+
 def test_table():
     conditions, table = report.table(REPORT).split("\n\n")
     assert conditions == (
@@ -169,10 +192,11 @@ def test_table_of_readme():
 
 def test_pages_get_their_tables(tmp_path):
     """What stands around them stays, and a second time changes nothing."""
-    for page, (begin, _, end) in report.PAGES.items():
+    for page, (_, begin, _, end) in report.PAGES.items():
         (tmp_path / page).parent.mkdir(exist_ok=True)
         (tmp_path / page).write_text(f"before\n{begin}\nold\n{end}\nbehind\n")
     report.write(REPORT, tmp_path / "benchmarks/results/cpu.json")
+    report.write(GPU_REPORT, tmp_path / "benchmarks/results/gpu.json")
     for _ in range(2):
         report.main(tmp_path)
         assert (tmp_path / "README.md").read_text() == (
@@ -181,6 +205,7 @@ def test_pages_get_their_tables(tmp_path):
         speed = (tmp_path / "docs/speed.md").read_text()
         assert speed == f"before\n{report.section(REPORT, 'docs/speed.md')}\nbehind\n"
         assert f"\n\n{report.table(REPORT)}\n\n" in speed
+        assert f"\n\n{report.gpu_table(GPU_REPORT)}\n\n" in (tmp_path / "docs/gpu.md").read_text()
 
 
 def test_a_list_is_a_line_of_the_file(tmp_path):
