@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+import tracemalloc
 import weakref
 
 import numpy as np
@@ -337,6 +338,40 @@ def test_dtypes(dtype, channels):
     name = str(dtype).removeprefix("torch.")
     tolerance.assert_close(output.detach().double(), exact.detach(), max(tolerance.OUTPUT[name], 1e-6))
     tolerance.assert_close(tensor.grad.double(), wide.grad, max(tolerance.GRADIENT[name], 1e-5))
+
+
+@pytest.mark.parametrize("channels", [3, 20])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_bfloat16_is_float32_rounded(channels, order, way):
+    """To the bit: of NaN and infinite values, too, of both gradients and of the derivative along a direction."""
+    wide, box = features(channels).contiguous(memory_format=order), BOXES.clone()
+    wide[0, 0, 2, 3], wide[1, 1, 2, 3] = torch.nan, -torch.inf
+    grad = torch.randn(2, channels, 5, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        tensor, boxes = wide.bfloat16().to(dtype).requires_grad_(), box.clone().requires_grad_()
+        output = cr.roi_crop(tensor, boxes, INDICES, (5, 4))
+        output.backward(grad.to(dtype))
+        with torch.no_grad():
+            _, along = torch.func.jvp(lambda b, t=tensor: cr.roi_crop(t, b, INDICES, (5, 4)), (box,), (box * 0 + 1,))
+        found.append([output.detach(), tensor.grad, boxes.grad, along])
+    for narrow, exact in zip(*found, strict=True):
+        torch.testing.assert_close(narrow, exact.to(narrow.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_bfloat16_features_are_not_copied_whole():
+    tensor = torch.ones(1, 64, 512, 512, dtype=torch.bfloat16)
+    seen = bridge.numbers(tensor)
+    tensor.fill_(2)
+    assert np.asarray(seen[0, :2, :2, :2]).tolist() == [[[2, 2]] * 2] * 2  # the same memory
+    cr.roi_crop(tensor, BOXES, INDICES * 0, 3)
+    tracemalloc.start()  # of NumPy's memory
+    try:
+        cr.roi_crop(tensor, BOXES, INDICES * 0, 3)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < tensor.nbytes / 10
 
 
 def test_boxes_in_bfloat16():

@@ -17,7 +17,7 @@ import numpy as np
 from cupy_roialign import arrays, validation
 from cupy_roialign import rule as rules
 from cupy_roialign.cpu import plain
-from cupy_roialign.cpu.weights import Job
+from cupy_roialign.cpu.weights import WORKSPACE, Job
 from cupy_roialign.rule import Rule
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -88,7 +88,8 @@ def forward(
     job = Job.of(features, boxes, _images(features, batch_indices), rule, directions)
     output = _allocate(np.empty, features, (len(boxes), features.shape[1], *rule.bins), _output_dtype(features))
     if output.size:
-        _way().crops(job, features, output)
+        few = features.size <= min(output.size, WORKSPACE // job.dtype.itemsize)
+        _way().crops(job, features.astype(job.dtype, copy=False) if few else features, output)
         if rule.extrapolation_value and not directions:
             _fill_outside(job, output)
         if job.broken is not None:
@@ -158,8 +159,10 @@ def _fill_outside(job: Job, output: np.ndarray) -> None:
 
 def _output_dtype(features: np.ndarray | arrays.ArraySpec) -> np.dtype:
     name = arrays.output_name(arrays.dtype_name(features))
-    # bfloat16 is known to NumPy only as the dtype that the features bring along
-    return np.dtype(features.dtype if name == "bfloat16" else name)
+    if name != "bfloat16":
+        return np.dtype(name)
+    # known to NumPy only as the dtype that the features bring along, if at all
+    return features.dtype if isinstance(features.dtype, np.dtype) else np.dtype(np.float32)
 
 
 def _allocate(

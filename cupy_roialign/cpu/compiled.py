@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-from cupy_roialign import geometry
+from cupy_roialign import arrays, geometry
 from cupy_roialign import rule as rules
 from cupy_roialign.cpu import loops, threads, weights
 from cupy_roialign.cpu.weights import Job, Rows, Term
@@ -30,6 +30,9 @@ from cupy_roialign.rule import Rule
 
 BATCH = 2**18
 """Bytes of crops that are worked on at a time before they are brought back; they stay in the cache."""
+
+SIDE_BY_SIDE = 128
+"""Channels of channels-last features that are brought over together: NumPy takes longer for many short copies."""
 
 
 _config: Any = numba.config
@@ -186,8 +189,12 @@ class _Group(NamedTuple):
         if lines:
 
             def crop(part: slice) -> None:
-                made = lines.ordered(out[part]).reshape(-1)
-                self.call("crops", lines, _numbers(part), self.images, self.terms[0], False, made)
+                for own in lines.batches(job, part, out):
+                    to = lines.ordered(out[own])
+                    made = to if out.dtype == job.dtype else np.empty(to.shape, job.dtype)
+                    self.call("crops", lines, _numbers(own), self.images, self.terms[0], False, made.reshape(-1))
+                    if made is not to:
+                        to[...] = made
 
             threads.run(crop, threads.parts(len(out), cost), cost)
             return
@@ -202,7 +209,7 @@ class _Group(NamedTuple):
                 out[_slice(numbers), window.channels] = made.transpose(0, 3, 1, 2)
 
         out[~self.touching()] = 0
-        threads.run(work, self.windows(leveled=bool(job.directions)), cost)
+        threads.run(work, self.windows(features, leveled=bool(job.directions)), cost)
 
     def to_features(self, grads: np.ndarray, total: np.ndarray, lines: _Lines | None, cost: int) -> None:
         dtype, owned = self.job.dtype, collections.defaultdict(list)
@@ -225,7 +232,7 @@ class _Group(NamedTuple):
                         for term in self.terms:
                             self.call("spread", strip, numbers, window.images, term, crops)
 
-        for window in self.windows(bands=True):
+        for window in self.windows(total, bands=True):
             owned[window.image, window.channels.start].append(window)  # by the part of the features that they add to
         threads.run(work, owned.values(), cost)
 
@@ -259,7 +266,7 @@ class _Group(NamedTuple):
                         add(strip, numbers, window.images, crops, levels[first:last])
                     first = last
 
-        for window in self.windows():
+        for window in self.windows(features):
             owned[window.image, window.boxes[0]].append(window)  # by the boxes, whose sums they add to
         threads.run(work, owned.values(), cost)
         return found
@@ -289,17 +296,19 @@ class _Group(NamedTuple):
         first, stop = self.of.extent.swapaxes(0, 1)
         return np.logical_and(*(stop > first))
 
-    def windows(self, bands: bool = False, leveled: bool = False) -> list[_Window]:
-        """For the boxes of an image the part that they all lie in, or a window for each: whichever is less to read.
+    def windows(self, array: np.ndarray, bands: bool = False, leveled: bool = False) -> list[_Window]:
+        """For the boxes of an image the part of `array` that they all lie in, or a window for each, if that is less.
 
         `leveled`: always one for each, less the level of the box. `bands`: windows may lie over each other.
         """
         channels, (first, stop), size = self.job.shape[1], self.of.extent.swapaxes(0, 1), self.job.dtype.itemsize
         touching, zeros, windows = self.touching(), np.zeros_like(self.images), []
+        last = arrays.is_channels_last(array.shape, array.strides)
+        most = min(SIDE_BY_SIDE if last else loops.GROUP, channels)
 
         def add(image: int, boxes: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
             (y0, x0), (y1, x1) = low.tolist(), high.tolist()
-            block = min(loops.GROUP, channels)
+            block = most
             if not bands:  # windows that add to the same pixels must agree on the channels
                 block = max(1, min(block, weights.WORKSPACE // ((y1 - y0) * (x1 - x0) * size)))
             step = max(1, weights.WORKSPACE // ((x1 - x0) * block * size))
@@ -313,7 +322,7 @@ class _Group(NamedTuple):
             # Each row costs about one cache line more than it has pixels.
             each_read = ((stop - first)[:, boxes] + np.array([[0], [loops.GROUP]])).prod(axis=0).sum()
             pixels = int((high - low).prod())
-            fits = pixels * min(loops.GROUP, channels) * size <= weights.WORKSPACE
+            fits = pixels * most * size <= weights.WORKSPACE
             if pixels <= each_read and fits and not leveled:
                 add(image, boxes, low, high)
             else:

@@ -50,6 +50,41 @@ def is_in_memory(tensor: torch.Tensor) -> bool:
     return tensor.data_ptr() != tensor.storage_offset() * tensor.element_size() or not tensor.numel()
 
 
+class Bfloat16:
+    """An array of bfloat16, for which NumPy has no dtype: its bits, of which float32 is made where they are read."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, bits: np.ndarray):
+        self._bits = bits  # uint16: the upper half of a float32's
+        self.shape, self.strides, self.size, self.flags = bits.shape, bits.strides, bits.size, bits.flags
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+    def __getitem__(self, where: Any) -> Bfloat16:
+        return Bfloat16(self._bits[where])
+
+    def transpose(self, *axes: int) -> Bfloat16:
+        return Bfloat16(self._bits.transpose(*axes))
+
+    def astype(self, dtype: Any, order: Any = "K", copy: bool = True) -> np.ndarray:
+        wide = self._bits.astype(np.uint32, order)
+        wide <<= 16
+        return wide.view(np.float32).astype(dtype, order, copy=False)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.astype(dtype or np.float32)
+
+
+def numbers(tensor: torch.Tensor) -> np.ndarray | Bfloat16:
+    """Like `array`, but bfloat16 is made float32 only where it is read: features are large."""
+    if tensor.dtype != torch.bfloat16:
+        return array(tensor)
+    need_values(tensor)
+    return Bfloat16(memory(tensor.resolve_neg().view(torch.int16)).view(np.uint16))
+
+
 def array(tensor: torch.Tensor) -> np.ndarray:
     """The values of a tensor, in float32 for bfloat16, which NumPy lacks; copied only if memory holds other values."""
     need_values(tensor)

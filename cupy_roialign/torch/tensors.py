@@ -39,8 +39,8 @@ def forward(
 ) -> torch.Tensor:
     if not terms(len(directions)):
         return _zeros(features, features, (boxes.shape[0], features.shape[1], *rule.bins))
-    backend, take = _backend(features)
-    crops = backend.forward(take(features), *_placed(take, boxes, batch_indices), rule, [*map(take, directions)])
+    backend, take, numbers = _backend(features)
+    crops = backend.forward(numbers(features), *_placed(take, boxes, batch_indices), rule, [*map(take, directions)])
     return _tensor(crops, arrays.output_name(arrays.dtype_name(features)))
 
 
@@ -54,12 +54,12 @@ def feature_gradient(
 ) -> torch.Tensor:
     if not terms(len(directions)):
         return _zeros(grad_output, features, features.shape)
-    backend, take = _backend(grad_output)
+    backend, take, numbers = _backend(grad_output)
     dtype = arrays.dtype_name(features)
     known = "float32" if backend is cpu and dtype == "bfloat16" else dtype  # NumPy has no bfloat16
     spec = ArraySpec(tuple(features.shape), arrays.strides(features), known)
     gradient = backend.feature_gradient(
-        take(grad_output), spec, *_placed(take, boxes, batch_indices), rule, [*map(take, directions)]
+        numbers(grad_output), spec, *_placed(take, boxes, batch_indices), rule, [*map(take, directions)]
     )
     return _tensor(gradient, arrays.output_name(dtype))
 
@@ -74,16 +74,16 @@ def box_gradient(
 ) -> torch.Tensor:
     if not terms(len(directions) + 1):
         return boxes.new_zeros(boxes.shape)
-    backend, take = _backend(grad_output)
+    backend, take, numbers = _backend(grad_output)
     gradient = backend.box_gradient(
-        take(grad_output), take(features), *_placed(take, boxes, batch_indices), rule, [*map(take, directions)]
+        numbers(grad_output), numbers(features), *_placed(take, boxes, batch_indices), rule, [*map(take, directions)]
     )
     return _tensor(gradient, arrays.dtype_name(boxes))
 
 
-def _backend(tensor: torch.Tensor) -> tuple[Any, Callable[[torch.Tensor], Any]]:
-    """That of the device where a tensor is, and what it takes tensors as."""
-    return (cpu, bridge.array) if on_cpu(tensor) else (_cuda, _plain)
+def _backend(tensor: torch.Tensor) -> tuple[Any, Callable[[torch.Tensor], Any], Callable[[torch.Tensor], Any]]:
+    """That of the device where a tensor is, and what it takes tensors as: boxes and indices, and others."""
+    return (cpu, bridge.array, bridge.numbers) if on_cpu(tensor) else (_cuda, _plain, _plain)
 
 
 def _zeros(beside: torch.Tensor, like: torch.Tensor | ArraySpec, shape: Sequence[int]) -> torch.Tensor:
