@@ -169,9 +169,9 @@ struct Task {
 
     __device__ void assign(const Arguments& a, bool by_channels, const int* size) {
         const int groups = (a.channels + a.channels_at_once - 1) / a.channels_at_once, tiles = a.blocks_per_item / groups;
-        const long long block = a.first_block + blockIdx.x, items_tiles = by_channels ? a.count * tiles : 0;
-        const int group = (int)(by_channels ? block / items_tiles : block % groups);
-        const long long left = by_channels ? block % items_tiles : block / groups;
+        const long long block = a.first_block + blockIdx.x, tiles_of_all = by_channels ? a.count * tiles : 0;
+        const int group = (int)(by_channels ? block / tiles_of_all : block % groups);
+        const long long left = by_channels ? block % tiles_of_all : block / groups;
         const int tile = (int)(left % tiles), tiles_x = (size[1] + a.tile[1] - 1) / a.tile[1];
         item = left / tiles;
         number = group * tiles + tile;

@@ -290,7 +290,7 @@ def test_tilings_cover_everything_once(features, channels_last):
     types = kernels.Types(features, "float32", "float32", "float32", False, channels_last)
     for size in ((1, 1), (7, 7), (14, 14), (9, 300), (224, 224), (1, 1000), (0, 5)):
         for channels in (0, 1, 3, 20, 256, 1024):
-            for items in (None, 1, 100, 10**6):
+            for items in (1, 100, 10**6):
                 cut = Tiling.of(size, channels, types, items)
                 assert max(cut.tile) <= kernels.MOST_TILE
                 assert cut.channels % types.lanes == 0 < cut.channels
@@ -298,7 +298,6 @@ def test_tilings_cover_everything_once(features, channels_last):
                 if 0 not in size and channels:
                     assert cut.blocks == np.prod(tiles) * -(-channels // cut.channels)
                 spots = np.prod(cut.tile) * cut.channels // types.lanes
-                assert items is not None or spots <= kernels.THREADS
                 assert cut.threads in (64, 128, 256)
                 assert cut.threads >= min(spots, kernels.THREADS)
                 assert cut.threads < 2 * max(spots, 33)

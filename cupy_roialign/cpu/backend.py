@@ -88,8 +88,9 @@ def forward(
     job = Job.of(features, boxes, _images(features, batch_indices), rule, directions)
     output = _allocate(np.empty, features, (len(boxes), features.shape[1], *rule.bins), _output_dtype(features))
     if output.size:
-        few = features.size <= min(output.size, WORKSPACE // job.dtype.itemsize)
-        _way().crops(job, features.astype(job.dtype, copy=False) if few else features, output)
+        if features.size <= min(output.size, WORKSPACE // job.dtype.itemsize):
+            features = features.astype(job.dtype, copy=False)  # once, and not for each box that reads them
+        _way().crops(job, features, output)
         if rule.extrapolation_value and not directions:
             _fill_outside(job, output)
         if job.broken is not None:

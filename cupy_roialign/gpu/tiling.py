@@ -29,20 +29,19 @@ class Tiling(NamedTuple):
     threads: int  # per block
 
     @classmethod
-    def of(cls, size: tuple[int, ...], channels: int, types: kernels.Types, items: int | None = None) -> Tiling:
-        """For items of a size, in bins or pixels.
+    def of(cls, size: tuple[int, ...], channels: int, types: kernels.Types, items: int) -> Tiling:
+        """For so many items of a size, in bins or pixels.
 
-        A block takes as many spots as it has threads, at most. With a number of `items` it takes several times as many,
-        in rounds, where that leaves enough blocks.
+        A block takes as many spots as it has threads, at most, or several times as many, in rounds, where that leaves
+        enough blocks.
         """
         groups, room = -(-channels // types.lanes), kernels.THREADS
         limit = FEW_BINS if groups * FEW_BINS**2 >= room else kernels.MOST_TILE
         cuts = [max(1, -(-n // limit)) for n in size]
         tile = tuple(-(-n // cut) for n, cut in zip(size, cuts, strict=True))
         at_once = max(1, min(groups, room // max(1, math.prod(tile))))
-        if items is not None:
-            rounds = max(1, -(-groups // at_once))
-            at_once *= -(-rounds // max(1, -(-MANY_BLOCKS // max(1, items * math.prod(cuts)))))
+        rounds = max(1, -(-groups // at_once))
+        at_once *= -(-rounds // max(1, -(-MANY_BLOCKS // max(1, items * math.prod(cuts)))))
         threads = kernels.FEWEST_THREADS
         while threads < min(kernels.THREADS, at_once * math.prod(tile)):
             threads *= 2
