@@ -31,8 +31,9 @@ from cupy_roialign.rule import Rule
 BATCH = 2**18
 """Bytes of crops that are worked on at a time before they are brought back; they stay in the cache."""
 
-SIDE_BY_SIDE = 128
-"""Channels of channels-last features that are brought over together: NumPy takes longer for many short copies."""
+MANY = 8 * loops.GROUP
+"""Channels that are brought over together where NumPy would else make many short copies: of each pixel's channels in
+channels-last features, and of each bin's in the crops of the box gradient."""
 
 
 _config: Any = numba.config
@@ -266,7 +267,7 @@ class _Group(NamedTuple):
                         add(strip, numbers, window.images, crops, levels[first:last])
                     first = last
 
-        for window in self.windows(features):
+        for window in self.windows(features, slopes=True):
             owned[window.image, window.boxes[0]].append(window)  # by the boxes, whose sums they add to
         threads.run(work, owned.values(), cost)
         return found
@@ -296,15 +297,17 @@ class _Group(NamedTuple):
         first, stop = self.of.extent.swapaxes(0, 1)
         return np.logical_and(*(stop > first))
 
-    def windows(self, array: np.ndarray, bands: bool = False, leveled: bool = False) -> list[_Window]:
+    def windows(
+        self, array: np.ndarray, bands: bool = False, leveled: bool = False, slopes: bool = False
+    ) -> list[_Window]:
         """For the boxes of an image the part of `array` that they all lie in, or a window for each, if that is less.
 
         `leveled`: always one for each, less the level of the box. `bands`: windows may lie over each other.
         """
         channels, (first, stop), size = self.job.shape[1], self.of.extent.swapaxes(0, 1), self.job.dtype.itemsize
         touching, zeros, windows = self.touching(), np.zeros_like(self.images), []
-        last = arrays.is_channels_last(array.shape, array.strides)
-        most = min(SIDE_BY_SIDE if last else loops.GROUP, channels)
+        many = slopes or arrays.is_channels_last(array.shape, array.strides)
+        most = min(MANY if many else loops.GROUP, channels)
 
         def add(image: int, boxes: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
             (y0, x0), (y1, x1) = low.tolist(), high.tolist()
