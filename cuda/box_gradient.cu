@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) box_gradient(const
                 for (int i = 0; i < taps_y; ++i) {
                     const Tap<SlopedWeight> y = along[0].taps[spot.y][i];
                     SlopedWeight sum = {};
-                    UNROLL_READS for (int j = 0; j < taps_x; ++j) {
+                    NO_UNROLL for (int j = 0; j < taps_x; ++j) {
                         const Tap<SlopedWeight> x = along[1].taps[spot.x][j];
                         Compute values[LANES], product = 0;
                         read_lanes<Feature>(whole, a.features, plane + y.offset + x.offset, (Offset)a.feature_strides[1],

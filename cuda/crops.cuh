@@ -1,5 +1,7 @@
 // The crops, or their derivative along directions. A block owns a tile of one box's bins, for some of its channels.
 
+const int READS = 2;  // taps along x whose pixels a loop reads together
+
 // `LEVELED`: whether a level is subtracted from the pixels, which is exact where weights are changes, that add up to 0.
 template <bool LEVELED>
 DEVICE void make_crops(const Arguments& a, Task& task, TapTable<Weight>* along, long long& image) {

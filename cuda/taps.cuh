@@ -2,7 +2,6 @@
 // of its channels.
 
 const int MOST_TAPS = 16;  // taps per bin and axis that are held at a time
-const int READS = 2;       // taps along x whose pixels a loop reads together
 
 struct Weight {
     Compute value;
