@@ -233,12 +233,12 @@ DEVICE void add_along(long long* sums, long long value) {
     sums[thread] = value;
     __syncthreads();
     const int run = thread / RUN * RUN;
-    UNROLL for (int i = 0; i < RUN - 1; ++i)
+    UNROLL_PAIRS for (int i = 0; i < RUN - 1; ++i)
         if (run + i < thread) value += sums[run + i];
     __syncthreads();
     sums[thread] = value;
     __syncthreads();
-    UNROLL for (int i = RUN - 1; i < THREADS - 1; i += RUN)  // the sums of whole runs
+    UNROLL_PAIRS for (int i = RUN - 1; i < THREADS - 1; i += RUN)  // the sums of whole runs
         if (i < run) value += sums[i];
     __syncthreads();
     sums[thread] = value;
@@ -255,24 +255,26 @@ DEVICE int owner_of(const Sum* sums, long long number, long long& beyond) {
     return before;
 }
 
+// Where a search is: in the words from `word` on, whose `marked` boxes are candidates; among them in the THREADS from `base`
+// on, which have so many chunks; and so many of these are done.
+struct Cursor {
+    long long word, chunks, done;
+    int base, marked;
+};
+
 // Finds the chunks of boxes that touch a tile, in the boxes' order, as many at a time as there is room for.
 struct Search {
     Interval tile[2];
+    Cursor cursor;  // here and not in registers, which the sums of gradients need
     ChunkWeights chunks;
     long long sums[THREADS];
     unsigned words[THREADS];
     unsigned short marked[THREADS], boxes[THREADS];  // how many in the words up to each; the numbers of candidates in them
 };
 
-// Where a search is, the same for all threads: in the words from `word` on, whose `marked` boxes are candidates; among
-// them in the THREADS from `base` on, which have so many chunks; and so many of these are done.
-struct Cursor {
-    long long word = -THREADS, chunks = 0, done = 0;
-    int base = 0, marked = 0;
-};
-
 // Sets `search.chunks` to the next ones; returns how many, and 0 at the end.
-DEVICE int next_chunks(const Arguments& a, const Task& task, Search& search, Cursor& at) {
+DEVICE int next_chunks(const Arguments& a, const Task& task, Search& search) {
+    Cursor at = search.cursor;
     const int thread = threadIdx.x, room = search.chunks.room(a);
     while (at.done == at.chunks) {
         if (at.base + THREADS < at.marked) {
@@ -327,8 +329,9 @@ DEVICE int next_chunks(const Arguments& a, const Task& task, Search& search, Cur
         const int axis = i / MOST_TILE % 2, pixel = i % MOST_TILE;
         if (pixel < task.extent[axis]) search.chunks.find(i / (2 * MOST_TILE), axis, pixel);
     }
-    __syncthreads();
     at.done += count;
+    if (thread == 0) search.cursor = at;
+    __syncthreads();
     return count;
 }
 
@@ -344,10 +347,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) feature_gradient(c
     int held = -1;  // how many chunks the tile has, if all lie in `search.chunks` from the round before
     for (int first = 0; first < task.spots(); first += THREADS) {
         Compute total[LANES] = {};
-        Cursor cursor;
+        __syncthreads();  // before the cursor is set back
+        if (threadIdx.x == 0) search.cursor = {-THREADS, 0, 0, 0, 0};
+        __syncthreads();
         int batches = 0, all = 0;
         for (bool more = true; more;) {
-            const int count = held >= 0 ? held : next_chunks(a, task, search, cursor);
+            const int count = held >= 0 ? held : next_chunks(a, task, search);
             const Spot spot(task, first + threadIdx.x, true);
             if (spot.lanes > 0)
                 by_lanes(spot.lanes, a.packed_crops, [&](auto whole) {

@@ -32,11 +32,11 @@ OLD = re.compile(r"nvrtc: warning: Architectures prior to .* are deprecated.*") 
 SHARES = 4
 """Of all instantiations, each of which one test compiles: two processes have the same to do."""
 
-MOST_STACK = 144
+MOST_STACK = 96
 """Bytes per thread of the stack. Arrays there are set up before the loops over channels; sums are in registers."""
 
-MOST_SPILLS = 192
-"""Bytes per thread of registers that are kept in memory: while the gradient of the features looks for boxes, say."""
+MOST_SPILLS = 48
+"""Bytes per thread of registers that are kept in memory outside of the innermost loops."""
 
 
 def is_plain(types):

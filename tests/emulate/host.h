@@ -20,6 +20,7 @@
 #define DEVICE [[maybe_unused]] static inline
 #define UNROLL
 #define UNROLL_READS
+#define UNROLL_PAIRS
 #define NO_UNROLL
 
 using std::max;
