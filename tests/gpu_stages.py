@@ -46,6 +46,8 @@ def commands(stage, out):
 def run(todo, limit, log):
     """Runs commands together; returns what went wrong, or nothing."""
     environment = {**os.environ, "CUPY_ROIALIGN_REQUIRE_GPU": "1", "PYTHONUNBUFFERED": "1"}
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background; the commands would ignore it, too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     stop = time.monotonic() + limit
     running = [
         subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
