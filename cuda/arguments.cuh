@@ -40,9 +40,11 @@ typedef GRAD Grad;
 
 #define NAN_VALUE __longlong_as_double(0x7ff8000000000000LL)
 
-// Neighbouring channels that are adjacent in memory.
+// Neighbouring channels that are adjacent in memory: aligned to the largest power of two that divides their size, up to
+// 16 bytes, which an access can take.
+DEVICE constexpr int alignment_of(int size) { return size % 16 == 0 ? 16 : size & -size; }
 template <typename Element>
-struct alignas(LANES * sizeof(Element) < 16 ? LANES * sizeof(Element) : 16) Pack { Element lane[LANES]; };
+struct alignas(alignment_of(LANES * sizeof(Element))) Pack { Element lane[LANES]; };
 
 // `count` channels of one pixel or bin, `stride` elements apart; 0 for the others of LANES. A thread works on LANES
 // channels together: they share all that depends on the pixel, and their reads do not wait for each other. `whole` is

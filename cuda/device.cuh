@@ -7,7 +7,6 @@
 #define DEVICE [[maybe_unused]] static __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 #define UNROLL_READS _Pragma("unroll READS")
-#define UNROLL_PAIRS _Pragma("unroll 2")
 #define NO_UNROLL _Pragma("unroll 1")
 
 DEVICE float add(float a, float b) { float r; asm("add.rn.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b)); return r; }

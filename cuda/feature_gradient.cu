@@ -2,10 +2,9 @@
 // boxes that touch the tile, adds up what each contributes, in the order of the boxes, and writes each element once. So
 // results are bitwise reproducible, and neither atomics nor zeroed memory are needed.
 
-const int BINS = MOST_TILE;  // along each axis of a chunk
+const int BINS = 16;         // along each axis of a chunk
 const int CHUNKS = 16;       // processed together at most
-const int WORD = 32;         // boxes per word of marks
-const int RUN = 16;          // neighbours that `add_along` adds up: the root of THREADS
+const int WARP = 32;
 
 // The positions whose taps may touch the pixels [start, stop) of an axis. Clamping brings samples from up to one pixel
 // outside to the border.
@@ -45,50 +44,50 @@ DEVICE int zone_row(const Arguments& a, int kind, int zone) {
     return zone + (kind > 0 ? a.zones[0] : 0) + (kind > 1 ? a.zones[1] : 0);
 }
 
-DEVICE bool touches_zone(const Arguments& a, const Bounds& bounds, int row) {
-    if (bounds.image < 0) return false;
-    for (int axis = 0; axis < 2; ++axis) {
-        if (row < a.zones[axis]) {
-            const int start = row * a.zone_pixels[axis], size = a.size[axis];
-            return bounds.touch(axis, interval_of(start, start + min(a.zone_pixels[axis], size - start), size));
-        }
-        row -= a.zones[axis];
-    }
-    return bounds.image % a.zones[2] == row;
-}
-
-// A first kernel finds each box's bounds and axes, for all tiles, and marks the zones that it touches.
+// A first kernel finds each box's bounds and axes, for all tiles, and marks the zones that it touches. A block does so for
+// a word of boxes: a thread for each box, and then for each row of marks.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) resolve_boxes(const Arguments a) {
-    __shared__ Bounds bounds[THREADS];
-    const long long base = (a.first_block + blockIdx.x) * THREADS, k = base + threadIdx.x;
-    Bounds found = {-1, {0, 0}, {0, 0}};
-    Real edges[4];
-    const long long image = k < a.count ? open_box(a, k, edges) : -1;
-    if (image >= 0) {
-        found.image = image;
-        for (int i = 0; i < 2; ++i) {
-            const Axis axis = affine(a.rule, edges[i], edges[i + 2], a.rule.bins[i], a.size[i]);
-            const double u = widen(origin_of(axis, 0)), v = widen(origin_of(axis, a.rule.bins[i]));
-            const double slack = 1 + 1e-5 * (fabs(u) + fabs(v)), size = a.size[i];
-            const double low = (u < v ? u : v) - slack, high = (u < v ? v : u) + slack;
-            // so written that NaN reaches everywhere
-            found.first[i] = low >= -2 ? (low <= size + 1 ? (int)floor(low) : a.size[i] + 1) : -2;
-            found.last[i] = high <= size + 1 ? (high >= -2 ? (int)ceil(high) : -2) : a.size[i] + 1;
-            if (axis.samples == 0) found.image = -1;
-            axes_of(a, k)[i] = axis;
+    __shared__ Bounds bounds[WORD];
+    __shared__ int images[WORD];  // the zones of the boxes' images; -1: without samples
+    const long long word = a.first_block + blockIdx.x, k = word * WORD + threadIdx.x;
+    if (threadIdx.x < WORD) {
+        Bounds found = {-1, {0, 0}, {0, 0}};
+        Real edges[4];
+        const long long image = k < a.count ? open_box(a, k, edges) : -1;
+        if (image >= 0) {
+            found.image = image;
+            for (int i = 0; i < 2; ++i) {
+                const Axis axis = affine(a.rule, edges[i], edges[i + 2], a.rule.bins[i], a.size[i]);
+                const double u = widen(origin_of(axis, 0)), v = widen(origin_of(axis, a.rule.bins[i]));
+                const double slack = 1 + 1e-5 * (fabs(u) + fabs(v)), size = a.size[i];
+                const double low = (u < v ? u : v) - slack, high = (u < v ? v : u) + slack;
+                // so written that NaN reaches everywhere
+                found.first[i] = low >= -2 ? (low <= size + 1 ? (int)floor(low) : a.size[i] + 1) : -2;
+                found.last[i] = high <= size + 1 ? (high >= -2 ? (int)ceil(high) : -2) : a.size[i] + 1;
+                if (axis.samples == 0) found.image = -1;
+                axes_of(a, k)[i] = axis;
+            }
         }
+        if (k < a.count) bounds_of(a)[k] = found;
+        bounds[threadIdx.x] = found;
+        images[threadIdx.x] = found.image < 0 ? -1 : (int)(found.image % a.zones[2]);
     }
-    if (k < a.count) bounds_of(a)[k] = found;
-    bounds[threadIdx.x] = found;
     __syncthreads();
-    const int words = THREADS / WORD, rows = a.zones[0] + a.zones[1] + a.zones[2];
-    for (int number = threadIdx.x; number < rows * words; number += THREADS) {
-        const int row = number / words, word = number % words;
-        if (base / WORD + word >= words_of(a)) continue;
+    const int rows = a.zones[0] + a.zones[1] + a.zones[2];
+    for (int row = threadIdx.x; row < rows; row += THREADS) {
+        int kind = 0, zone = row;
+        while (kind < 2 && zone >= a.zones[kind]) zone -= a.zones[kind++];
+        Interval pixels = {0, 0};
+        if (kind < 2) {
+            const int start = zone * a.zone_pixels[kind], size = a.size[kind];
+            pixels = interval_of(start, start + min(a.zone_pixels[kind], size - start), size);
+        }
         unsigned marks = 0;
-        for (int i = 0; i < WORD; ++i)
-            if (touches_zone(a, bounds[word * WORD + i], row)) marks |= 1u << i;
-        marks_of(a, row)[base / WORD + word] = marks;
+        for (int i = 0; i < WORD; ++i) {
+            const bool touched = kind == 2 ? images[i] == zone : images[i] >= 0 && bounds[i].touch(kind, pixels);
+            marks |= (unsigned)touched << i;
+        }
+        marks_of(a, row)[word] = marks;
     }
 }
 
@@ -139,9 +138,9 @@ struct ChunkWeights {
 
     Offset first[CHUNKS];  // of a chunk's first bin in channel 0, among the crops
     int bins[CHUNKS][2];
-    Bins touching[CHUNKS][2][MOST_TILE];  // a pixel
+    Bins touching[CHUNKS][2][MOST_PIXELS];  // a pixel
     int width;                            // `width_of`
-    Compute weights[32 / sizeof(Compute) * 2 * BINS * (MOST_TILE + 1)];
+    Compute weights[32 / sizeof(Compute) * 2 * BINS * (MOST_PIXELS + 1)];
 
     // From a bin's weights to the next one's: odd, so that bins lie in different banks.
     static __device__ int width_of(const Arguments& a) { return max(a.tile[0], a.tile[1]) | 1; }
@@ -226,22 +225,18 @@ struct ChunkWeights {
     }
 };
 
-// Adds `value` up over a block's threads: sums[i] is the sum of those of threads 0 to i.
-DEVICE void add_along(long long* sums, long long value) {
-    const int thread = threadIdx.x;
-    __syncthreads();  // before the sums of an earlier call are overwritten
-    sums[thread] = value;
-    __syncthreads();
-    const int run = thread / RUN * RUN;
-    UNROLL_PAIRS for (int i = 0; i < RUN - 1; ++i)
-        if (run + i < thread) value += sums[run + i];
-    __syncthreads();
-    sums[thread] = value;
-    __syncthreads();
-    UNROLL_PAIRS for (int i = RUN - 1; i < THREADS - 1; i += RUN)  // the sums of whole runs
-        if (i < run) value += sums[i];
-    __syncthreads();
-    sums[thread] = value;
+// Adds `value` up over a block's threads: sums[i] is the sum of those of threads 0 to i. `of_warps`: memory for the sums
+// of warps.
+DEVICE void add_along(long long* sums, long long* of_warps, long long value) {
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    UNROLL for (int distance = 1; distance < WARP; distance *= 2) {
+        const long long before = __shfl_up_sync(~0u, value, distance);
+        if (lane >= distance) value += before;
+    }
+    if (lane == WARP - 1) of_warps[warp] = value;
+    __syncthreads();  // also before the sums of an earlier call are overwritten
+    NO_UNROLL for (int i = 0; i < warp; ++i) value += of_warps[i];
+    sums[threadIdx.x] = value;
     __syncthreads();
 }
 
@@ -267,7 +262,7 @@ struct Search {
     Interval tile[2];
     Cursor cursor;  // here and not in registers, which the sums of gradients need
     ChunkWeights chunks;
-    long long sums[THREADS];
+    long long sums[THREADS], of_warps[THREADS / WARP];
     unsigned words[THREADS];
     unsigned short marked[THREADS], boxes[THREADS];  // how many in the words up to each; the numbers of candidates in them
 };
@@ -291,7 +286,7 @@ DEVICE int next_chunks(const Arguments& a, const Task& task, Search& search) {
                 if (bounds.image == task.item && bounds.touch(0, search.tile[0]) && bounds.touch(1, search.tile[1]))
                     count = chunks_of(a, search.tile, k);
             }
-            add_along(search.sums, count);
+            add_along(search.sums, search.of_warps, count);
             at.chunks = search.sums[THREADS - 1];
             at.done = 0;
             continue;
@@ -309,7 +304,7 @@ DEVICE int next_chunks(const Arguments& a, const Task& task, Search& search) {
         at.marked = 0;
         if (!__syncthreads_or(word != 0)) continue;
         search.words[thread] = word;
-        add_along(search.sums, __popc(word));
+        add_along(search.sums, search.of_warps, __popc(word));
         search.marked[thread] = (unsigned short)search.sums[thread];
         at.marked = (int)search.sums[THREADS - 1];
         at.base = -THREADS;
@@ -325,9 +320,9 @@ DEVICE int next_chunks(const Arguments& a, const Task& task, Search& search) {
         search.chunks.fill(a, task, search.tile[axis], to, chunk, axis, i % BINS);
     }
     __syncthreads();
-    for (int i = thread; i < count * 2 * MOST_TILE; i += THREADS) {
-        const int axis = i / MOST_TILE % 2, pixel = i % MOST_TILE;
-        if (pixel < task.extent[axis]) search.chunks.find(i / (2 * MOST_TILE), axis, pixel);
+    for (int i = thread; i < count * 2 * MOST_PIXELS; i += THREADS) {
+        const int axis = i / MOST_PIXELS % 2, pixel = i % MOST_PIXELS;
+        if (pixel < task.extent[axis]) search.chunks.find(i / (2 * MOST_PIXELS), axis, pixel);
     }
     at.done += count;
     if (thread == 0) search.cursor = at;

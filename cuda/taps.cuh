@@ -1,7 +1,7 @@
 // A box's weights on the pixels, for the bins of a tile: computed once by a few threads and shared by the block, for all
 // of its channels.
 
-const int MOST_TAPS = 16;  // taps per bin and axis that are held at a time
+const int TAPS = 9 * MOST_BINS;  // along each axis that are held at a time; an odd number of a bin, see `TapTable`
 
 struct Weight {
     Compute value;
@@ -32,29 +32,28 @@ struct Tap {
 // at a time.
 template <typename W>
 struct TapStream {
-    Axis axis;
-    Change change;
     Real origin;
     long long next, stop;
-    int bin, size, base;
+    int base;
     bool open, started;  // started: whether some have been read
     W low, high;         // of the two open pixels
 
-    __device__ void start() {
+    __device__ void start(const Axis& axis, int bin, int size) {
         origin = origin_of(axis, bin);
         candidates(axis, origin, -1, size, next, stop);
         open = started = false;
     }
 
-    // At most MOST_TAPS taps; returns how many. `more`: whether others follow. `stride`: of the axis, in elements.
-    __device__ int read(const Rule& rule, Offset stride, Tap<W>* taps, bool& more) {
+    // At most `room` taps; returns how many. `more`: whether others follow. `stride`: of the axis, in elements.
+    __device__ int read(const Rule& rule, const Axis& axis, const Change& change, int bin, int size, Offset stride,
+                        int room, Tap<W>* taps, bool& more) {
         int count = 0;
         const auto write = [&](int pixel, W& weight) {
             if (!weight.is_zero()) taps[count++] = {(Offset)pixel * stride, weight};
             weight.clear();
         };
         const Compute each = (Compute)1 / (Compute)axis.samples;
-        while (next < stop && count + 2 <= MOST_TAPS) {
+        while (next < stop && count + 2 <= room) {
             const Real position = position_of(rule, axis, origin, next);
             const long long i = next++;
             if (!is_inside(rule, position, size)) continue;
@@ -92,7 +91,7 @@ struct TapStream {
                 high.value += slope;
             }
         }
-        if (next == stop && open && count + 2 <= MOST_TAPS) {
+        if (next == stop && open && count + 2 <= room) {
             write(base, low);
             write(base + 1, high);
             open = false;
@@ -105,17 +104,26 @@ struct TapStream {
 // The taps of a tile's bins along one axis, in shared memory.
 template <typename W>
 struct TapTable {
-    int count[MOST_TILE];
-    Offset first[MOST_TILE];               // of a bin's first pixel, which stays the same from batch to batch
-    Tap<W> taps[MOST_TILE][MOST_TAPS + 1];  // one more, so that bins lie in different banks
-    TapStream<W> streams[MOST_TILE];
+    Axis axis;      // of the box
+    Change change;  // of the term
+    int room;       // taps of a bin that are held at a time: odd, so that bins lie in different banks
+    int count[MOST_BINS];
+    Offset first[MOST_BINS];  // of a bin's first pixel, which stays the same from batch to batch
+    Tap<W> taps[TAPS];
+    TapStream<W> streams[MOST_BINS];
+
+    __device__ Tap<W>* of(int bin) { return taps + bin * room; }
+
+    // Begins with a bin's taps, the `bin`th of the tile and the `number`th of the box.
+    __device__ void start(int bin, int number, int size) { streams[bin].start(axis, number, size); }
 
     // The next batch of a bin's taps; whether others follow.
-    __device__ bool read(const Arguments& a, int axis, int bin) {
+    __device__ bool read(const Arguments& a, int along, int bin, int number) {
         bool more;
         TapStream<W> stream = streams[bin];
-        count[bin] = stream.read(a.rule, (Offset)a.feature_strides[2 + axis], taps[bin], more);
-        if (!stream.started) first[bin] = taps[bin][0].offset;
+        count[bin] = stream.read(a.rule, axis, change, number, a.size[along], (Offset)a.feature_strides[2 + along], room,
+                                 of(bin), more);
+        if (!stream.started) first[bin] = of(bin)->offset;
         stream.started = true;
         streams[bin] = stream;  // also of a bin that has no more, whose neighbours may have
         return more;
@@ -128,30 +136,29 @@ struct TapTable {
 template <typename W, typename Work>
 DEVICE void for_taps(const Arguments& a, const Task& task, TapTable<W>* along, long long& image, bool& held, int terms,
                      Work work) {
-    const int axis = threadIdx.x / 32, bin = threadIdx.x % 32;
+    const int axis = threadIdx.x / 32, bin = threadIdx.x % 32, number = task.first[axis & 1] + bin;
     const bool reads_y = !held && axis == 0 && bin < task.extent[0], reads_x = !held && axis == 1 && bin < task.extent[1];
-    const bool reads = reads_y || reads_x;
-    TapStream<W>& mine = along[reads ? axis : 0].streams[reads ? bin : 0];
-    if (!held) __syncthreads();  // before `image` is written again
-    if (reads) {
+    TapTable<W>& mine = along[axis & 1];
+    if (!held) __syncthreads();  // before the tables are written again
+    if ((reads_y || reads_x) && bin == 0) {
         Real edges[4];
         const long long found = open_box(a, task.item, edges);
-        if (threadIdx.x == 0) image = found;
+        if (reads_y) image = found;
         mine.axis = {0, 0, 0};
         if (found >= 0) mine.axis = affine(a.rule, edges[axis], edges[axis + 2], a.rule.bins[axis], a.size[axis]);
-        mine.change = {false, 0, 0};
-        mine.bin = task.first[axis] + bin;
-        mine.size = a.size[axis];
+        mine.room = (TAPS / task.extent[axis] - 1) | 1;
     }
     bool all = terms == 1;
     for (int term = 0; term < terms; ++term) {
-        if (reads && terms > 1) mine.change = change_of(a, task.item, term, axis);
+        if ((reads_y || reads_x) && bin == 0)
+            mine.change = terms > 1 ? change_of(a, task.item, term, axis) : Change{false, 0, 0};
+        if (!held) __syncthreads();
         // All batches along x for each along y.
         bool unread = false, more_x = false, more_y = false;
         do {
             if (reads_x || (reads_y && !more_x)) {
-                if (reads_x ? !more_x : !more_y) mine.start();
-                unread = along[axis].read(a, axis, bin);
+                if (reads_x ? !more_x : !more_y) mine.start(bin, number, a.size[axis]);
+                unread = mine.read(a, axis, bin, number);
             }
             more_x = !held && __syncthreads_or(reads_x && unread);
             work(term);

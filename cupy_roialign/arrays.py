@@ -31,7 +31,11 @@ class ArraySpec(NamedTuple):
 
 def dtype_name(array: Any) -> str:
     """`float32` for NumPy's, CuPy's, torch's and ml_dtypes' alike, in any byte order."""
-    dtype = array.dtype
+    return name_of(array.dtype)
+
+
+def name_of(dtype: Any) -> str:
+    """`dtype_name` of a dtype."""
     names = _NAMES if isinstance(dtype, np.dtype) else TORCH_NAMES
     return names.get(dtype) or getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
 

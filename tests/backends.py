@@ -1,7 +1,6 @@
 """Backends that one body of tests runs on: NumPy arrays in and out."""
 
 import contextlib
-import types
 import unittest.mock
 
 import numpy as np
@@ -50,6 +49,14 @@ def way(name):
     else:
         module = plain
     return unittest.mock.patch.object(backend, "_way", return_value=module)
+
+
+def view(cupy, array):
+    """A NumPy array, or CuPy's, as a kernel sees it."""
+    from cupy_roialign.gpu.cupy_arrays import CupyBackend
+
+    array = cupy.asarray(array) if isinstance(array, np.ndarray) else array
+    return CupyBackend().view(*CupyBackend().layout(array), array.shape, array.dtype)
 
 
 class ElsewhereBackend:
@@ -192,11 +199,11 @@ class EmulatedTorchBackend(TorchBackend):
     @contextlib.contextmanager
     def device(self, stream=lambda: 0):
         """Torch's current stream is what `stream` gives, called in the thread that asks."""
-        from cupy_roialign.torch import tensors
+        from cupy_roialign.torch import private, tensors
 
         with emulate.installed(), pytest.MonkeyPatch.context() as patch:
             patch.setattr(tensors, "on_cpu", lambda tensor: False)
-            patch.setattr(self.torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=stream()))
+            patch.setattr(private, "current_stream", lambda device: stream())
             yield
 
     def vjp(self, *args, **kwargs):

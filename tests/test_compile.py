@@ -18,7 +18,7 @@ from cupy_roialign.gpu import kernels
 FILES = {file: name for name, file in kernels.KERNELS.items()}.values()  # a kernel of each file
 ARCHITECTURES = [f"sm_{number}" for number in (50, 60, 70, 75, 80, 86, 89, 90, 100, 120)]
 COMMON = [
-    kernels.Types("float32", "float32", "float32", "float32", False, channels_last) for channels_last in (False, True)
+    kernels.Types("float32", "float32", "float32", "float32", False, channels_last, 8) for channels_last in (False, True)
 ]
 """The types of most calls, for which the registers and the memory of a thread are checked."""
 

@@ -9,7 +9,6 @@ import json
 import subprocess
 import sys
 import threading
-import types
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ from cupy_roialign.cpu import backend as cpu_backend
 from cupy_roialign.gpu import arguments, kernels
 from cupy_roialign.gpu import backend as gpu_backend
 from tests import tolerance
-from tests.backends import EmulatedTorchBackend
+from tests.backends import EmulatedTorchBackend, view
 from tests.test_kernels import problem, run
 
 ROOT = Path(__file__).parents[1]
@@ -64,15 +63,15 @@ def test_every_instantiation_that_is_asked_for_is_listed(cupy, monkeypatch):
     ):
         if dtype == "bfloat16":
             continue  # NumPy has none without another package
-        features = cupy.zeros((2, 3, 4, 5), dtype)
+        features = cupy.zeros((2, 9, 4, 5), dtype)
         if order == "NHWC":
-            features = cupy.zeros((2, 4, 5, 3), dtype).transpose(0, 3, 1, 2)
+            features = cupy.zeros((2, 4, 5, 9), dtype).transpose(0, 3, 1, 2)
         boxes = cupy.zeros((2, 4), box_dtype)
         for rule in (rules.crop_and_resize((2, 3)), rules.roi_crop((2, 3)), rules.roi_align((2, 3))):
             backend.forward(features, boxes, indices, rule)
             backend.forward(features, boxes, indices, rule, [boxes])
             for grad_dtype in ("float16", "float32", "float64"):
-                given = (cupy.zeros((2, 3, 2, 3), grad_dtype), features, boxes, indices, rule)
+                given = (cupy.zeros((2, 9, 2, 3), grad_dtype), features, boxes, indices, rule)
                 backend.feature_gradient(*given)
                 backend.box_gradient(*given)
     known = {(kernels.KERNELS[name], types) for name, types in kernels.instantiations()}
@@ -102,12 +101,10 @@ def test_nothing_is_read_or_written_out_of_bounds(guard, channels, cupy):
 
 
 def test_the_last_offset_of_a_view_decides_and_not_its_size(cupy):
-    from cupy_roialign.gpu.cupy_arrays import CupyBackend
-
     wide = cupy.ndarray._of(np.broadcast_to(np.zeros(1, np.float32), (3, 2, 2**16, 2**15)), 0)
-    assert CupyBackend().view(wide).last_offset == 0
+    assert view(cupy, wide).last_offset == 0
     far = np.lib.stride_tricks.as_strided(np.zeros(1, np.float32), (2, 1, 1, 1), (4 * 2**31, 4, 4, 4))
-    assert CupyBackend().view(cupy.ndarray._of(far, 0)).last_offset == 2**31
+    assert view(cupy, cupy.ndarray._of(far, 0)).last_offset == 2**31
 
 
 def test_device_and_stream_are_the_callers(cupy):
@@ -166,11 +163,10 @@ def test_tensors_go_to_their_own_device(cupy, monkeypatch):
     torch = pytest.importorskip("torch")
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from cupy_roialign.torch import tensors
+    from cupy_roialign.torch import private, tensors
 
     backend, asked = tensors._CudaBackend(), []
-    stream = lambda device: asked.append(device) or types.SimpleNamespace(cuda_stream=77)  # noqa: E731
-    monkeypatch.setattr(torch.cuda, "current_stream", stream)
+    monkeypatch.setattr(private, "current_stream", lambda device: asked.append(device) or 77)
     with FakeTensorMode():
         tensor = torch.zeros(3, device="cuda:1")
         assert backend.empty((2,), "float32", tensor).device == tensor.device
@@ -312,14 +308,14 @@ def test_arrays_on_two_devices(cupy):
         cr.roi_crop(cupy.asarray(features), boxes, cupy.asarray(indices), 3)
 
 
-def spoiled(cupy, name, before, after, types=("float32", "float32", "float32", "float32", False, False)):
+def spoiled(cupy, name, before, after, types=("float32", "float32", "float32", "float32", False, False, 8)):
     """A kernel with a fault put in."""
     code = kernels.source(name, kernels.Types(*types))
     assert before in code
     return cupy.RawKernel(code.replace(before, after), name)
 
 
-FIND = "for (int i = thread; i < count * 2 * MOST_TILE; i += THREADS)"
+FIND = "for (int i = thread; i < count * 2 * MOST_PIXELS; i += THREADS)"
 BARRIERS = {
     "feature_gradient": ("__syncthreads();\n    " + FIND, FIND),
     "box_gradient": ("__syncthreads();\n        if (thread % width < half)", "if (thread % width < half)"),
@@ -397,7 +393,7 @@ def test_a_tile_looks_at_few_boxes_beyond_those_that_touch_it(cupy, monkeypatch)
             return original(name, types)
 
         def launch(grid, block, args):
-            args[0]["directions"][0] = looks.data.ptr
+            args[0].view(arguments.ARGUMENTS)["directions"][0] = looks.data.ptr
             blocks.append(grid[0])
             counting(grid, block, args)
 

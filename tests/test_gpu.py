@@ -197,13 +197,17 @@ def test_memory_is_torchs(cuda_torch):
 
 
 def test_a_side_stream_of_torch(cuda_torch):
+    from cupy_roialign.torch import private
+
     torch = cuda_torch
     features, boxes, indices, cotangent = tensors(torch)
     wanted = (features * 3).requires_grad_()
     expected = cr.roi_align(wanted, boxes, (5, 9), batch_indices=indices)
     expected.backward(cotangent)
     torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        assert private.current_stream(features.device) == side.cuda_stream
         busy = torch.ones(4096, 4096, device="cuda")
         for _ in range(20):
             busy = busy @ busy * 1e-4

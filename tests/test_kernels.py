@@ -1,6 +1,7 @@
 """The CUDA kernels, on the emulated device and on a GPU."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from cupy_roialign.gpu import arguments, backend, kernels, tiling
 from cupy_roialign.gpu.tiling import Tiling, Zones
 from cupy_roialign.rule import BATCH_X1_Y1_X2_Y2, Border, Frame, Rule, Taps
 from tests import positions, tolerance
+from tests.backends import view
 
 
 def problem(channels=5, dtype=np.float32, count=9):
@@ -74,7 +76,7 @@ extern "C" __global__ void twin(const Arguments a) {
 def test_positions_are_the_same_to_the_bit(real, cupy):
     """A million boxes over all rules, of which 10 are operators', and two sizes: geometry.cuh against geometry.py."""
     name = np.dtype(real).name
-    types = kernels.Types("float32", "float32", name, name, False, False)
+    types = kernels.Types("float32", "float32", name, name, False, False, 8)
     code = kernels.source("forward", types).replace(kernels.read("forward.cu"), TWIN)
     kernel = cupy.RawKernel(code, "twin")
     checked = 0
@@ -101,7 +103,7 @@ def test_positions_are_the_same_to_the_bit(real, cupy):
 
 def test_the_structure_of_arguments_is_that_of_the_kernels(cupy):
     """Sizes are compared at each launch; here each field, by a kernel that reads it."""
-    types = kernels.Types("float32", "float32", "float32", "float32", False, False)
+    types = kernels.Types("float32", "float32", "float32", "float32", False, False, 8)
     fields = [
         "a.feature_strides[3]", "a.output_strides[0]", "a.box_strides[1]", "a.index_stride", "a.direction_strides[3]",
         "a.direction_count", "a.images", "a.count",
@@ -140,10 +142,10 @@ def test_arguments_are_packed_in_the_order_of_their_names():
     ]
     rule = Rule(Frame.CORNERS, Taps.NEAREST, Border.CLAMP, (8, 9), BATCH_X1_Y1_X2_Y2, 0.25, 6, True, -1.5)
     directions = [arguments.View(200, (91, 92), (7, 5), "float32")]
-    types = kernels.Types("float32", "float32", "float32", "float32", False, False)
+    types = kernels.Types("float32", "float32", "float32", "float32", False, False, 8)
     zones = Zones((15, 16, 17), (18, 19))
     template = arguments.template(views[:4], directions, types, Tiling((12, 13), 11, 14, 64), zones)
-    packed = arguments.fill(template, (100, 101, 102, 103, 104, 105, 200), rule, 77)
+    packed = arguments.fill(template, (100, 101, 102, 103, 104, 105, 200), rule, 77).view(arguments.ARGUMENTS)
     fields = {name: packed[name].tolist() for name in arguments.ARGUMENTS.names if name != "rule"}
     assert {name: packed["rule"][name].tolist() for name in arguments.RULE.names} == {
         "spatial_scale": 0.25, "extrapolation_value": -1.5, "frame": 2, "taps": 2, "border": 1, "bins": [8, 9],
@@ -191,9 +193,7 @@ def test_offsets_of_64_bits_give_the_same(cupy, launched, monkeypatch):
     narrow = run(cupy, *given)
     assert {name for name, _ in launched} == set(kernels.KERNELS) - {"forward_along"}
     monkeypatch.setattr(backend, "LARGE", 1)
-    from cupy_roialign.gpu.cupy_arrays import CupyBackend
-
-    features, boxes = (CupyBackend().view(cupy.asarray(array)) for array in given[:2])
+    features, boxes = (view(cupy, array) for array in given[:2])
     assert backend.types_of(features, features, boxes, Frame.SCALED).large
     for a, b in zip(narrow, run(cupy, *given), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -203,18 +203,18 @@ def test_offsets_of_64_bits_give_the_same(cupy, launched, monkeypatch):
 @pytest.mark.parametrize(("first", "channels"), [(0, 24), (8, 16), (8, 13), (1, 16), (4, 3)])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.uint8])
 def test_channels_that_are_read_together_and_those_that_are_not(first, channels, dtype, cupy):
-    from cupy_roialign.gpu.cupy_arrays import CupyBackend
-
     _, boxes, indices, cotangent = problem(24)
     values = np.random.default_rng(5).uniform(0, 99, (2, 19, 22, 24)).astype(dtype)
     of_them = slice(first, first + channels)
     last = values.transpose(0, 3, 1, 2)[:, of_them]
     grads = np.ascontiguousarray(cotangent[:, of_them].transpose(0, 2, 3, 1))
     on_gpu = cupy.asarray(values).transpose(0, 3, 1, 2)[:, of_them]
-    view = CupyBackend().view(on_gpu)
-    lanes = backend.types_of(view, view, CupyBackend().view(cupy.asarray(boxes)), Frame.SCALED).lanes
+    planes = view(cupy, on_gpu)
+    lanes = backend.types_of(planes, planes, view(cupy, boxes), Frame.SCALED).lanes
+    assert lanes == min(channels, 4 if dtype == np.float64 else 8)
     itemsize = np.dtype(dtype).itemsize
-    assert view.is_packed(lanes) == (first * itemsize % min(16, lanes * itemsize) == 0)
+    step = math.gcd(16, lanes * itemsize)
+    assert planes.is_packed(lanes) == (first * itemsize % step == 0 == 24 * itemsize % step)
     options = {"output_size": (5, 9), "sampling_ratio": 2, "batch_indices": indices}
     expected, pullback = cr.vjp(cr.roi_align, last, boxes, **options)
     options["batch_indices"] = cupy.asarray(indices)
@@ -271,28 +271,31 @@ def test_many_channels_in_rounds(order, sampling_ratio, cupy, launched, monkeypa
 
 
 def test_a_view_is_packed_where_one_access_reaches_its_channels():
-    def view(pointer=64, strides=(1000, 1, 80, 8), shape=(2, 8, 5, 10), dtype="float32"):
+    def of(pointer=64, strides=(1000, 1, 80, 8), shape=(2, 8, 5, 10), dtype="float32"):
         return arguments.View(pointer, strides, shape, dtype)
 
-    assert view().is_packed(4)
-    assert not view(pointer=72).is_packed(4)
-    assert view(pointer=72).is_packed(2)
-    assert not view(strides=(1000, 1, 81, 8)).is_packed(4)
-    assert view(strides=(1000, 1, 81, 8), shape=(2, 8, 1, 10)).is_packed(4)
-    assert not view(strides=(1000, 50, 10, 1)).is_packed(4)
-    assert not view(strides=(0, 0, 0, 0)).is_packed(4)
-    assert view(pointer=48, dtype="float64").is_packed(8)  # 16 bytes are the most that one access reads
+    assert of().is_packed(4)
+    assert not of(pointer=72).is_packed(4)
+    assert of(pointer=72).is_packed(2)
+    assert not of(strides=(1000, 1, 81, 8)).is_packed(4)
+    assert of(strides=(1000, 1, 81, 8), shape=(2, 8, 1, 10)).is_packed(4)
+    assert not of(strides=(1000, 50, 10, 1)).is_packed(4)
+    assert not of(strides=(0, 0, 0, 0)).is_packed(4)
+    assert of(pointer=48, dtype="float64").is_packed(8)  # 16 bytes are the most that one access reads
+    assert of(pointer=4, strides=(300, 1, 30, 3)).is_packed(3)  # 12 bytes, read by 4
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("features", list(kernels.CTYPES))
 def test_tilings_cover_everything_once(features, channels_last):
-    types = kernels.Types(features, "float32", "float32", "float32", False, channels_last)
     for size in ((1, 1), (7, 7), (14, 14), (9, 300), (224, 224), (1, 1000), (0, 5)):
         for channels in (0, 1, 3, 20, 256, 1024):
-            for items in (1, 100, 10**6):
-                cut = Tiling.of(size, channels, types, items)
-                assert max(cut.tile) <= kernels.MOST_TILE
+            lanes = kernels.lanes_of(features, channels)
+            types = kernels.Types(features, "float32", "float32", "float32", False, channels_last, lanes)
+            for items in (1, 3, 100, 102, 10**6, 10**6 + 2):
+                most = (kernels.MOST_BINS, kernels.MOST_PIXELS)[items % 3]
+                cut = Tiling.of(size, channels, types, items, most)
+                assert max(cut.tile) <= most
                 assert cut.channels % types.lanes == 0 < cut.channels
                 tiles = [-(-n // max(1, side)) for n, side in zip(size, cut.tile, strict=True)]
                 if 0 not in size and channels:
@@ -311,7 +314,7 @@ def test_several_launches_for_many_blocks(cupy, launched, monkeypatch):
     for a, b in zip(whole, run(cupy, *given), strict=True):
         np.testing.assert_array_equal(a, b)
     assert max(blocks for _, blocks in launched) == 2
-    assert [blocks for name, blocks in launched if name == "resolve_boxes"] == [2, 1]
+    assert [blocks for name, blocks in launched if name == "resolve_boxes"] == [2] * 8 + [1]
 
 
 @pytest.mark.parametrize("index", [-1, 2, 2**40])

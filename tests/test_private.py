@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib
+import types
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,20 @@ def test_without_any_name_of_autograd(without):
     assert not private.has_shortcut
     for way in ways:
         torch.testing.assert_close(WAYS[way](FEATURES, BOXES), expected[way], rtol=1e-12, atol=1e-12)
+
+
+def test_the_current_stream_of_a_gpu(monkeypatch):
+    """By a private name, which torch without CUDA lacks, or by a public one."""
+    device = torch.device("cuda:3")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=10 + device.index))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 20 + index, raising=False)
+    importlib.reload(private)
+    assert private.current_stream(device) == 23
+    monkeypatch.delattr(torch._C, "_cuda_getCurrentRawStream")
+    importlib.reload(private)
+    assert private.current_stream(device) == 13
+    monkeypatch.undo()
+    importlib.reload(private)
 
 
 def test_the_shortcut_is_taken_where_there_is_one(monkeypatch):

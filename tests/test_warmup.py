@@ -25,7 +25,7 @@ def chosen(*arguments):
     warmup.add_arguments(parser)
     found = warmup.chosen(parser.parse_args(arguments))
     assert len(found) == len(set(found))
-    assert set(found) <= set(kernels.instantiations())
+    assert set(found) <= {item for channels in range(1, 9) for item in kernels.instantiations(channels)}
     return {(kernels.KERNELS[name], types) for name, types in found}
 
 
@@ -42,10 +42,10 @@ def asked(emulated, monkeypatch):
     return found
 
 
-def call(cupy, operator, dtype, box_dtype, channels_last, gradients):
-    features = cupy.zeros((1, 2, 4, 5), dtype)
+def call(cupy, operator, dtype, box_dtype, channels_last, gradients, channels=20):
+    features = cupy.zeros((1, channels, 4, 5), dtype)
     if channels_last:
-        features = cupy.zeros((1, 4, 5, 2), dtype).transpose(0, 3, 1, 2)
+        features = cupy.zeros((1, 4, 5, channels), dtype).transpose(0, 3, 1, 2)
     boxes, indices = cupy.asarray(BOXES.astype(box_dtype)), cupy.zeros(1, np.int64)
     place = {"batch_indices": indices} if operator == "roi_align" else {"box_indices": indices}
     size = {"output_size" if operator == "roi_align" else "crop_size": (2, 3)}
@@ -63,6 +63,17 @@ def test_it_is_what_calls_ask_for(operator, dtype, box_dtype, order, gradients, 
     call(emulated, operator, dtype, box_dtype, order == "channels-last", gradients)
     options = ["--operator", operator, "--dtype", dtype, "--box-dtype", box_dtype, "--order", order]
     assert chosen(*options, *([] if gradients else ["--inference"])) == asked
+
+
+@pytest.mark.parametrize("channels", [1, 3, 7])
+@pytest.mark.parametrize("dtype", ["float16", "float64", "uint8"])
+def test_features_of_few_channels(dtype, channels, asked, emulated):
+    for channels_last in (False, channels > 1):
+        call(emulated, "roi_crop", dtype, "float32", channels_last, gradients=True, channels=channels)
+    options = ["--operator", "roi_crop", "--dtype", dtype, "--order", "both" if channels > 1 else "contiguous"]
+    assert chosen(*options, "--channels", str(channels)) == asked
+    call(emulated, "roi_crop", dtype, "float32", False, gradients=True)
+    assert chosen(*options, "--channels", str(channels), "64") >= asked
 
 
 def test_by_default_it_is_what_most_ask_for(asked, emulated):
@@ -113,7 +124,7 @@ def test_it_compiles(bar, cupy, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "kernel", lambda *asked: compiled.append(asked) or kernel(*asked))
     status, output, progress = run(capsys, *SMALL)
     assert status == 0
-    assert compiled == [("forward", kernels.Types(*["float32"] * 4, False, False))]
+    assert compiled == [("forward", kernels.Types(*["float32"] * 4, False, False, 8))]
     sizes = [path.stat().st_size for path in tmp_path.iterdir()]  # a GPU's kernel is kept, where it was not before
     assert re.match(rf"GPU kernels: 1, new: {len(sizes) - 1}, in .* s\n", output)
     assert f"CuPy's kernel cache: {tmp_path}, {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB\n" in output

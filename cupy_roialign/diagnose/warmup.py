@@ -27,8 +27,8 @@ ORDERS = {"contiguous": (False,), "channels-last": (True,), "both": (False, True
 DESCRIPTION = """\
 Compiles what the first calls of a program would have to compile: the loops for the CPU if Numba is installed, and
 kernels for the current GPU if there is one, which stay in CuPy's kernel cache. Without options these are the kernels
-that most programs need: all operators and their gradients, for float32 and float16 features in both memory orders and
-float32 boxes. The options choose other kernels.
+that most programs need: all operators and their gradients, for float32 and float16 features with 8 channels or more in
+both memory orders, and float32 boxes. The options choose other kernels.
 
 CuPy finds a kernel again for the same compute capability and the same versions of CuPy, CUDA's compiler and this
 package. CUPY_CACHE_DIR chooses the folder, for example to ship it in a container; CUDA_VISIBLE_DEVICES chooses the GPU.
@@ -49,16 +49,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", kernels.CTYPES, ["float32", "float16"], "dtypes of features; float32 and float16 by default")
     add("--box-dtype", ("float32", "float64"), ["float32"], "dtypes of boxes; float32 by default")
     parser.add_argument("--order", choices=ORDERS, default="both", help="memory order of features; both by default")
+    parser.add_argument(
+        "--channels",
+        nargs="+",
+        type=int,
+        metavar="N",
+        default=[kernels.MANY_CHANNELS],
+        help=f"channels of features, for example 3 of photos; all from {kernels.MANY_CHANNELS} on share their kernels",
+    )
     parser.add_argument("--inference", action="store_true", help="no gradients")
     parser.add_argument("--double-backward", action="store_true", help="also gradients of gradients")
     parser.add_argument("--large", action="store_true", help="also for arrays of 2**31 elements and more")
-    parser.add_argument("--all", action="store_true", help="every kernel, whatever the other options say")
+    parser.add_argument("--all", action="store_true", help="every kernel for the channels, whatever the other options say")
 
 
 def chosen(options: argparse.Namespace) -> list[Instantiation]:
     """Which of `kernels.instantiations` the options mean."""
+    known = dict.fromkeys(item for channels in options.channels for item in kernels.instantiations(channels))
     if options.all:
-        return kernels.instantiations()
+        return [*known]
     rules = [RULES[operator]((1, 1)) for operator in options.operator]
     skipped = set() if options.double_backward else {"forward_along"}
     if options.inference:
@@ -77,7 +86,7 @@ def chosen(options: argparse.Namespace) -> list[Instantiation]:
             and (options.large or not types.large)
         )
 
-    return [(name, types) for name, types in kernels.instantiations() if wanted(name, types)]
+    return [(name, types) for name, types in known if wanted(name, types)]
 
 
 def run(options: argparse.Namespace) -> int:

@@ -18,18 +18,17 @@ INDEX_KINDS |= {f"{sign}int{8 * size}": size if not sign else -size for sign in 
 """How a kernel reads batch indices: the bytes of a signed integer, or their negative; 0 for a column of the boxes."""
 
 
-class View(NamedTuple):
-    """An array as a kernel sees it."""
+ALIGNMENT = 16
+"""Bytes of the widest access."""
 
-    pointer: int
+
+class View(NamedTuple):
+    """An array as a kernel sees it, but for where it is."""
+
+    pointer: int  # modulo ALIGNMENT
     strides: tuple[int, ...]  # in elements
     shape: tuple[int, ...]
     dtype: str
-
-    @property
-    def layout(self) -> tuple[Any, ...]:
-        """All but where it is: of the pointer what decides on the widest access."""
-        return (self.pointer % 16, *self[1:])
 
     @property
     def last_offset(self) -> int:
@@ -39,8 +38,8 @@ class View(NamedTuple):
         return sum((n - 1) * abs(step) for n, step in zip(self.shape, self.strides, strict=True))
 
     def is_packed(self, lanes: int) -> bool:
-        """Whether so many channels, from a multiple of that number on, are adjacent, for accesses of up to 16 bytes."""
-        alignment = min(16, lanes * ITEMSIZES[self.dtype])
+        """Whether so many channels, from a multiple of that number on, are adjacent, and aligned for wide accesses."""
+        alignment = math.gcd(ALIGNMENT, lanes * ITEMSIZES[self.dtype])
         if self.strides[1] != 1 or self.pointer % alignment:
             return False
         steps = [self.strides[axis] for axis in (0, 2, 3) if self.shape[axis] > 1]
@@ -113,6 +112,7 @@ POINTERS = 8
 """How many pointers ARGUMENTS begins with."""
 
 _POINTERS, _NUMBER = struct.Struct(f"@{POINTERS}Q"), struct.Struct("@q")
+_BYTES = np.dtype((np.void, ARGUMENTS.itemsize))
 _FIRST_BLOCK: int = ARGUMENTS.fields["first_block"][1]  # type: ignore[index]
 
 
@@ -135,8 +135,7 @@ def rule_bytes(rule: Rule) -> bytes:
 def template(views: Sequence[View], directions: Sequence[View], types: Types, tiling: Tiling, zones: Zones) -> bytes:
     """ARGUMENTS of a call's launches, but for what `fill` adds.
 
-    `views`: features or their gradient, crops or their gradient, boxes, batch indices. Of their pointers only the
-    alignment counts.
+    `views`: features or their gradient, crops or their gradient, boxes, batch indices.
     """
     planes, crops, boxes, indices = views
     packed = _ARGUMENTS.pack(
@@ -166,9 +165,12 @@ def template(views: Sequence[View], directions: Sequence[View], types: Types, ti
 
 
 def fill(given: bytes, pointers: Sequence[int], rule: Rule, first_block: int) -> np.ndarray:
-    """ARGUMENTS of a launch. `pointers`: those of the template's views, the result, workspace and directions."""
+    """ARGUMENTS of a launch, as bytes. `pointers`: those of the template's views, the result, workspace and directions.
+
+    As bytes, because CuPy asks an array for the description of its dtype: 30 us for a structure with these fields.
+    """
     whole = bytearray(given)  # writable, as NumPy and CuPy want it
     _POINTERS.pack_into(whole, 0, *pointers, *[0] * (POINTERS - len(pointers)))
     _NUMBER.pack_into(whole, _FIRST_BLOCK, first_block)
     whole[-RULE.itemsize :] = rule_bytes(rule)
-    return np.frombuffer(whole, ARGUMENTS).reshape(())
+    return np.frombuffer(whole, _BYTES).reshape(())

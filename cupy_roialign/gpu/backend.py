@@ -41,9 +41,8 @@ class _Work(NamedTuple):
 
     plan: Plan
     rule: Rule
-    pointers: Sequence[int]  # of the views of `plan`
-    directions: Sequence[int]
-    owners: Any
+    arrays: Sequence[Any]  # features or their gradient, crops or their gradient, boxes, batch indices, directions
+    pointers: Sequence[int]  # of these
 
 
 class GpuBackend(abc.ABC):
@@ -51,13 +50,15 @@ class GpuBackend(abc.ABC):
 
     # ---- a library's arrays ----
 
+    strides_in_bytes: bool  # or in elements
+
     @abc.abstractmethod
     def on(self, array: Any) -> contextlib.AbstractContextManager[object]:
         """Within it, launches go to the array's device and the library's current stream there."""
 
     @abc.abstractmethod
     def layout(self, array: Any) -> tuple[int, tuple[int, ...]]:
-        """The address of the first element, and the strides in elements."""
+        """The address of the first element, and the strides."""
 
     @abc.abstractmethod
     def cast(self, array: Any, dtype: str) -> Any:
@@ -116,7 +117,7 @@ class GpuBackend(abc.ABC):
             count = boxes.shape[0]
             nbytes = count * types.box_bytes + zones.bytes(count)
             resolved = self.empty((-(-nbytes // 8),), "int64", grad_output)  # aligned for 8 bytes
-            self._launch("resolve_boxes", -(-count // kernels.THREADS), work, gradient, resolved)
+            self._launch("resolve_boxes", -(-count // kernels.WORD), work, gradient, resolved)
             self._launch("feature_gradient", features.shape[0] * tiling.blocks, work, gradient, resolved)
             return gradient
 
@@ -161,11 +162,13 @@ class GpuBackend(abc.ABC):
         if arrays.dtype_name(batch_indices) in arrays.FLOATS:
             batch_indices = self.cast(batch_indices, box_dtype)
         boxes, *directions = (self.cast(rows, box_dtype) for rows in (boxes, *directions))
-        inputs = (planes, crops, boxes, batch_indices)
-        views, changes = [self.view(array) for array in inputs], [self.view(array) for array in directions]
-        layouts, of_changes = tuple([view.layout for view in views]), tuple([view.layout for view in changes])
-        found = plan(layouts, of_changes, rule.frame, None if by_image else rule.bins)
-        return _Work(found, rule, [view[0] for view in views], [view[0] for view in changes], (inputs, directions))
+        given, pointers, layouts = (planes, crops, boxes, batch_indices, *directions), [], []
+        for array in given:
+            pointer, strides = self.layout(array)
+            pointers.append(pointer)
+            layouts.append((pointer % arguments.ALIGNMENT, strides, array.shape, array.dtype))
+        found = plan(self, tuple(layouts), rule.frame, None if by_image else rule.bins)
+        return _Work(found, rule, given, pointers)
 
     def _launch(
         self,
@@ -179,16 +182,18 @@ class GpuBackend(abc.ABC):
         if blocks == 0:
             return
         of_workspace = 0 if workspace is None else self.layout(workspace)[0]
-        pointers = (*work.pointers, self.layout(result)[0], of_workspace, *work.directions)
+        pointers = (*work.pointers[:4], self.layout(result)[0], of_workspace, *work.pointers[4:])
         kernel = kernels.kernel(name, work.plan.types)
         for first in range(0, blocks, MOST_BLOCKS):
             packed = arguments.fill(work.plan.template, pointers, work.rule, first)
             kernel((min(MOST_BLOCKS, blocks - first),), (threads,), (packed,))
 
-    def view(self, array: Any) -> arguments.View:
+    def view(self, pointer: int, strides: tuple[int, ...], shape: tuple[int, ...], dtype: Any) -> arguments.View:
         """An array as a kernel sees it."""
-        name = arrays.dtype_name(array)
-        return arguments.View(*self.layout(array), tuple(array.shape), "uint8" if name == "bool" else name)
+        name = arrays.name_of(dtype)
+        unit = dtype.itemsize if self.strides_in_bytes else 1
+        steps = tuple([stride // unit for stride in strides])
+        return arguments.View(pointer, steps, tuple(shape), "uint8" if name == "bool" else name)
 
     def _known(self, features: Any) -> Any:
         """Features in a dtype that kernels read and that gives the same results."""
@@ -214,25 +219,22 @@ _is_channels_last = functools.lru_cache(maxsize=1024)(arrays.is_channels_last)
 
 @functools.lru_cache(maxsize=1024)
 def plan(
-    views: tuple[tuple[Any, ...], ...],
-    directions: tuple[tuple[Any, ...], ...],
-    frame: int,
-    bins: tuple[int, int] | None,
+    backend: GpuBackend, layouts: tuple[tuple[Any, ...], ...], frame: int, bins: tuple[int, int] | None
 ) -> Plan:
-    """For the layouts of the template's views. Blocks share the bins of boxes or, of None, the pixels of images.
+    """For arrays of some layouts: their pointers' alignment, strides, shape and dtype. See `_Work.arrays`.
 
-    The rule itself is no key of the cache: 0.0 and -0.0 are equal.
+    Blocks share the bins of boxes or, of None, the pixels of images. The rule itself is no key of the cache: 0.0 and
+    -0.0 are equal.
     """
-    planes, crops, boxes, indices = (arguments.View(*view) for view in views)
+    planes, crops, boxes, indices, *directions = (backend.view(*layout) for layout in layouts)
     types = types_of(planes, crops, boxes, frame)
     (images, channels, *size), zones = planes.shape, Zones()
     if bins:
-        tiling = Tiling.of(bins, channels, types, boxes.shape[0])
+        tiling = Tiling.of(bins, channels, types, boxes.shape[0], kernels.MOST_BINS)
     else:
-        tiling = Tiling.of(tuple(size), channels, types, images)
+        tiling = Tiling.of(tuple(size), channels, types, images, kernels.MOST_PIXELS)
         zones = Zones.of(images, tuple(size), tiling.tile)
-    changes = [arguments.View(*view) for view in directions]
-    template = arguments.template((planes, crops, boxes, indices), changes, types, tiling, zones)
+    template = arguments.template((planes, crops, boxes, indices), directions, types, tiling, zones)
     return Plan(types, tiling, zones, template)
 
 
@@ -241,4 +243,5 @@ def types_of(planes: arguments.View, crops: arguments.View, boxes: arguments.Vie
     large = max(planes.last_offset, crops.last_offset) >= LARGE
     channels_last = _is_channels_last(planes.shape, planes.strides)
     precision = geometry.precision(frame, planes.dtype, boxes.dtype)
-    return kernels.Types(planes.dtype, crops.dtype, boxes.dtype, precision, large, channels_last)
+    lanes = kernels.lanes_of(planes.dtype, planes.shape[1])
+    return kernels.Types(planes.dtype, crops.dtype, boxes.dtype, precision, large, channels_last, lanes)

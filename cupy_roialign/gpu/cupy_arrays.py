@@ -13,12 +13,13 @@ from cupy_roialign.gpu.backend import GpuBackend
 class CupyBackend(GpuBackend):
     """Work is launched on CuPy's current stream, and memory comes from CuPy's pool."""
 
+    strides_in_bytes = True
+
     def on(self, array: Any) -> Any:
         return array.device
 
     def layout(self, array: Any) -> tuple[int, tuple[int, ...]]:
-        size = array.itemsize
-        return array.data.ptr, tuple([stride // size for stride in array.strides])
+        return array.data.ptr, array.strides
 
     def cast(self, array: Any, dtype: str) -> Any:
         return array.astype(dtype, copy=False)

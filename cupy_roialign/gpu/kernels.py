@@ -43,6 +43,9 @@ CTYPES = {
 ITEMSIZES = {name: 2 if name == "bfloat16" else np.dtype(name).itemsize for name in CTYPES}
 """Bytes per element of each dtype that kernels read."""
 
+MANY_CHANNELS = 8
+"""From so many channels on the kernels are the same; for fewer they are compiled for that number."""
+
 OPTIONS = ("-std=c++17",)
 """Options of the compiler."""
 
@@ -52,8 +55,11 @@ THREADS = 256
 FEWEST_THREADS = 64
 """Threads per block at least: the warps that find the taps along y and along x."""
 
-MOST_TILE = 16
+MOST_BINS, MOST_PIXELS = 32, 16
 """The longest side of the tile that a block works on: of bins or, in the gradient of the features, of pixels."""
+
+WORD = 32
+"""Boxes per word of marks, and per block of `resolve_boxes`."""
 
 BOXES_PER_BLOCK = 8
 """Boxes per block of the kernel that adds up the sums of `box_gradient`."""
@@ -71,6 +77,7 @@ class Types(NamedTuple):
     positions: str  # float32 or float64
     large: bool  # 64-bit offsets
     channels_last: bool  # neighbouring threads take neighbouring channels
+    lanes: int  # channels of a pixel or bin that a thread works on together: `lanes_of`
 
     @property
     def compute(self) -> str:
@@ -83,14 +90,14 @@ class Types(NamedTuple):
         return 24 + 2 * (8 + 2 * ITEMSIZES[self.positions])
 
     @property
-    def lanes(self) -> int:
-        """Channels of a pixel or bin that a thread works on together, and holds sums for in registers."""
-        return 32 // ITEMSIZES[self.compute]
-
-    @property
     def blocks(self) -> int:
         """Blocks per multiprocessor that the compiler shall leave registers for."""
         return 2 if self.compute == "float64" else 4
+
+
+def lanes_of(features: str, channels: int) -> int:
+    """The lanes for features of a dtype with so many channels: all, as far as registers hold their sums."""
+    return max(1, min(channels, MANY_CHANNELS * 4 // ITEMSIZES[arrays.compute_name(features)]))
 
 
 def box_name(name: str) -> str:
@@ -98,10 +105,10 @@ def box_name(name: str) -> str:
     return "float64" if name == "float64" else "float32"
 
 
-def every_types() -> list[Types]:
-    """All types that a backend asks for: see `backend.types_of`."""
+def every_types(channels: int = MANY_CHANNELS) -> list[Types]:
+    """All types that a backend asks for, for features with so many channels: see `backend.types_of`."""
     return [
-        Types(features, crops, boxes, positions, large, channels_last)
+        Types(features, crops, boxes, positions, large, channels_last, lanes_of(features, channels))
         for features in CTYPES
         for crops in dict.fromkeys((arrays.output_name(features), arrays.compute_name(features)))
         for boxes, positions in (("float32", "float32"), ("float32", "float64"), ("float64", "float64"))
@@ -111,10 +118,10 @@ def every_types() -> list[Types]:
     ]
 
 
-def instantiations() -> list[tuple[str, Types]]:
+def instantiations(channels: int = MANY_CHANNELS) -> list[tuple[str, Types]]:
     """All that a backend asks for: a kernel of each file, with which the file's others are compiled, and its types."""
     one_per_file = {file: name for name, file in KERNELS.items()}.values()
-    return [(name, types) for types in every_types() for name in one_per_file if _is_asked_for(name, types)]
+    return [(name, types) for types in every_types(channels) for name in one_per_file if _is_asked_for(name, types)]
 
 
 def _is_asked_for(name: str, types: Types) -> bool:
@@ -150,7 +157,9 @@ def source(name: str, types: Types) -> str:
         f"#define LANES {types.lanes}\n"
         f"#define THREADS {THREADS}\n"
         f"#define BLOCKS {types.blocks}\n"
-        f"#define MOST_TILE {MOST_TILE}\n"
+        f"#define MOST_BINS {MOST_BINS}\n"
+        f"#define MOST_PIXELS {MOST_PIXELS}\n"
+        f"#define WORD {WORD}\n"
         f"#define BOX_BYTES {types.box_bytes}\n"
         f"#define BOXES_PER_BLOCK {BOXES_PER_BLOCK}\n"
         f"#define SUMS {SUMS}\n"

@@ -16,9 +16,6 @@ MANY_BLOCKS = 2048
 MOST_ZONES = 64
 """Zones per axis at most, which bounds the bits per box that mark them."""
 
-WORD = 32
-"""Boxes per word of marks; the kernels' WORD."""
-
 
 class Tiling(NamedTuple):
     """How the work on an item (a box, or an image) is divided among blocks."""
@@ -29,15 +26,19 @@ class Tiling(NamedTuple):
     threads: int  # per block
 
     @classmethod
-    def of(cls, size: tuple[int, ...], channels: int, types: kernels.Types, items: int) -> Tiling:
-        """For so many items of a size, in bins or pixels.
+    def of(cls, size: tuple[int, ...], channels: int, types: kernels.Types, items: int, most: int) -> Tiling:
+        """For so many items of a size, in bins or pixels, and tiles of at most `most` along each side.
 
         A block takes as many spots as it has threads, at most, or several times as many, in rounds, where that leaves
-        enough blocks.
+        enough blocks: what it finds about the box, or about the boxes of a tile, serves all rounds.
         """
         groups, room = -(-channels // types.lanes), kernels.THREADS
-        limit = FEW_BINS if groups * FEW_BINS**2 >= room else kernels.MOST_TILE
-        cuts = [max(1, -(-n // limit)) for n in size]
+        square = math.isqrt(room)
+        limits = (FEW_BINS,) if groups * FEW_BINS**2 >= room else (most, square)
+        for limit in limits:
+            cuts = [max(1, -(-n // limit)) for n in size]
+            if items * math.prod(cuts) >= MANY_BLOCKS:
+                break
         tile = tuple(-(-n // cut) for n, cut in zip(size, cuts, strict=True))
         at_once = max(1, min(groups, room // max(1, math.prod(tile))))
         rounds = max(1, -(-groups // at_once))
@@ -64,4 +65,4 @@ class Zones(NamedTuple):
 
     def bytes(self, boxes: int) -> int:
         """Bytes of the marks of so many boxes."""
-        return 4 * sum(self.counts) * -(-boxes // WORD)
+        return 4 * sum(self.counts) * -(-boxes // kernels.WORD)

@@ -76,6 +76,21 @@ else:
         return not (transforms_active() or in_dual_level())  # which operators have no rules for
 
 
+# ---- a GPU's stream ----
+
+_current_stream = _find("torch", "_C._cuda_getCurrentRawStream")
+if _current_stream:
+
+    def current_stream(device: torch.device) -> int:
+        """The address of torch's current stream on a GPU."""
+        return _current_stream(device.index)
+
+else:
+
+    def current_stream(device: torch.device) -> int:
+        return torch.cuda.current_stream(device).cuda_stream
+
+
 # ---- calls of autograd Functions ----
 
 unwrap_if_dead = _find("torch", "_C._functorch.unwrap_if_dead")

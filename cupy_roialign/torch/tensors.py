@@ -23,7 +23,7 @@ from cupy_roialign.cpu import backend as cpu
 from cupy_roialign.diagnose import problems
 from cupy_roialign.gpu import backend as gpu
 from cupy_roialign.rule import Rule, terms
-from cupy_roialign.torch import bridge
+from cupy_roialign.torch import bridge, private
 
 on_cpu: Callable[[torch.Tensor], bool] = operator.attrgetter("is_cpu")
 
@@ -126,6 +126,8 @@ class _Stream:
 
 
 class _CudaBackend(gpu.GpuBackend):
+    strides_in_bytes = False
+
     @contextlib.contextmanager
     def on(self, array: torch.Tensor) -> Iterator[None]:
         # The thread that runs backward has a current device and stream of its own, and so has CuPy.
@@ -133,17 +135,13 @@ class _CudaBackend(gpu.GpuBackend):
 
         if not problems.finds_gpu(cupy):
             raise RuntimeError(f"tensors are on {array.device}, and {problems.no_gpu_here()}")
-        pointer = self.stream(array)
+        pointer = private.current_stream(array.device)
         if hasattr(cupy.cuda.Stream, "from_external"):
             stream = cupy.cuda.Stream.from_external(_Stream(pointer))
         else:  # CuPy 13; 14 warns of it
             stream = cupy.cuda.ExternalStream(pointer)
         with cupy.cuda.Device(array.device.index), stream:
             yield
-
-    def stream(self, array: torch.Tensor) -> int:
-        pointer: int = torch.cuda.current_stream(array.device).cuda_stream
-        return pointer
 
     def layout(self, array: torch.Tensor) -> tuple[int, tuple[int, ...]]:
         return array.data_ptr(), array.stride()

@@ -20,7 +20,6 @@
 #define DEVICE [[maybe_unused]] static inline
 #define UNROLL
 #define UNROLL_READS
-#define UNROLL_PAIRS
 #define NO_UNROLL
 
 using std::max;
@@ -191,6 +190,18 @@ static const char* launch(void (*kernel)(), long long blocks, int threads, unsig
     return nullptr;
 }
 
+// The value of the thread `distance` before, which may be of another warp: where there is none in its own, the kernels do
+// not look at it. All threads of a block must come here, not only those of a warp.
+static std::vector<long long> shuffled;
+[[maybe_unused]] static long long from_before(const char* place, long long value, int distance) {
+    shuffled.resize(fibers.size());
+    shuffled[current] = value;
+    wait(place, 0);
+    const long long before = current < distance ? -1 : shuffled[current - distance];
+    wait(place, 0);
+    return before;
+}
+
 [[maybe_unused]] static void check_alignment(const void* address, size_t alignment) {
     if ((size_t)address % alignment)
         snprintf(message, sizeof message, "an access of %zu bytes to an address that is no multiple of it", alignment);
@@ -213,4 +224,5 @@ DEVICE void write_pack(Pack* to, const Pack& pack) {
 #define TEXT_OF(line) #line
 #define PLACE(line) TEXT_OF(line)
 #define __syncthreads() ((void)emulation::wait("sync at " PLACE(__LINE__), 0))
+#define __shfl_up_sync(mask, value, distance) emulation::from_before("shuffle at " PLACE(__LINE__), value, distance)
 #define __syncthreads_or(vote) emulation::wait("or at " PLACE(__LINE__), (vote) ? 1 : 0)
