@@ -37,12 +37,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) box_gradient(const
             by_lanes(spot.lanes, a.packed_features, [&](auto whole) {
                 Compute level[LANES];
                 read_level(whole, a, along, spot, plane, level);
-                const Tap<SlopedWeight>*all_y = along[0].of(spot.y), *all_x = along[1].of(spot.x);
                 for (int i = 0; i < taps_y; ++i) {
-                    const Tap<SlopedWeight> y = all_y[i];
+                    const Tap<SlopedWeight> y = along[0].taps[spot.y][i];
                     SlopedWeight sum = {};
                     NO_UNROLL for (int j = 0; j < taps_x; ++j) {
-                        const Tap<SlopedWeight> x = all_x[j];
+                        const Tap<SlopedWeight> x = along[1].taps[spot.x][j];
                         Compute values[LANES], product = 0;
                         read_lanes<Feature>(whole, a.features, plane + y.offset + x.offset, (Offset)a.feature_strides[1],
                                             spot.lanes, values);

@@ -21,12 +21,11 @@ DEVICE void make_crops(const Arguments& a, Task& task, TapTable<Weight>* along, 
             by_lanes(spot.lanes, a.packed_features, [&](auto whole) {
                 Compute level[LANES];
                 if (LEVELED) read_level(whole, a, along, spot, plane, level);
-                const Tap<Weight>*all_y = along[0].of(spot.y), *all_x = along[1].of(spot.x);
                 for (int i = 0; i < taps_y; ++i) {
-                    const Tap<Weight> y = all_y[i];
+                    const Tap<Weight> y = along[0].taps[spot.y][i];
                     Compute sum[LANES] = {};
                     UNROLL_READS for (int j = 0; j < taps_x; ++j) {
-                        const Tap<Weight> x = all_x[j];
+                        const Tap<Weight> x = along[1].taps[spot.x][j];
                         Compute values[LANES];
                         read_lanes<Feature>(whole, a.features, plane + y.offset + x.offset, (Offset)a.feature_strides[1],
                                             spot.lanes, values);

@@ -3,7 +3,7 @@
 // results are bitwise reproducible, and neither atomics nor zeroed memory are needed.
 
 const int BINS = 16;         // along each axis of a chunk
-const int CHUNKS = 16;       // processed together at most
+const int CHUNKS = 24;       // processed together at most
 const int WARP = 32;
 
 // The positions whose taps may touch the pixels [start, stop) of an axis. Clamping brings samples from up to one pixel
@@ -140,7 +140,7 @@ struct ChunkWeights {
     int bins[CHUNKS][2];
     Bins touching[CHUNKS][2][MOST_PIXELS];  // a pixel
     int width;                            // `width_of`
-    Compute weights[32 / sizeof(Compute) * 2 * BINS * (MOST_PIXELS + 1)];
+    Compute weights[48 / sizeof(Compute) * 2 * BINS * (MOST_PIXELS + 1)];
 
     // From a bin's weights to the next one's: odd, so that bins lie in different banks.
     static __device__ int width_of(const Arguments& a) { return max(a.tile[0], a.tile[1]) | 1; }

@@ -1,7 +1,7 @@
 // A box's weights on the pixels, for the bins of a tile: computed once by a few threads and shared by the block, for all
 // of its channels.
 
-const int TAPS = 9 * MOST_BINS;  // along each axis that are held at a time; an odd number of a bin, see `TapTable`
+const int MOST_TAPS = 256 / MOST_BINS;  // taps per bin and axis that are held at a time
 
 struct Weight {
     Compute value;
@@ -32,28 +32,29 @@ struct Tap {
 // at a time.
 template <typename W>
 struct TapStream {
+    Axis axis;
+    Change change;
     Real origin;
     long long next, stop;
-    int base;
+    int bin, size, base;
     bool open, started;  // started: whether some have been read
     W low, high;         // of the two open pixels
 
-    __device__ void start(const Axis& axis, int bin, int size) {
+    __device__ void start() {
         origin = origin_of(axis, bin);
         candidates(axis, origin, -1, size, next, stop);
         open = started = false;
     }
 
-    // At most `room` taps; returns how many. `more`: whether others follow. `stride`: of the axis, in elements.
-    __device__ int read(const Rule& rule, const Axis& axis, const Change& change, int bin, int size, Offset stride,
-                        int room, Tap<W>* taps, bool& more) {
+    // At most MOST_TAPS taps; returns how many. `more`: whether others follow. `stride`: of the axis, in elements.
+    __device__ int read(const Rule& rule, Offset stride, Tap<W>* taps, bool& more) {
         int count = 0;
         const auto write = [&](int pixel, W& weight) {
             if (!weight.is_zero()) taps[count++] = {(Offset)pixel * stride, weight};
             weight.clear();
         };
         const Compute each = (Compute)1 / (Compute)axis.samples;
-        while (next < stop && count + 2 <= room) {
+        while (next < stop && count + 2 <= MOST_TAPS) {
             const Real position = position_of(rule, axis, origin, next);
             const long long i = next++;
             if (!is_inside(rule, position, size)) continue;
@@ -91,7 +92,7 @@ struct TapStream {
                 high.value += slope;
             }
         }
-        if (next == stop && open && count + 2 <= room) {
+        if (next == stop && open && count + 2 <= MOST_TAPS) {
             write(base, low);
             write(base + 1, high);
             open = false;
@@ -104,26 +105,17 @@ struct TapStream {
 // The taps of a tile's bins along one axis, in shared memory.
 template <typename W>
 struct TapTable {
-    Axis axis;      // of the box
-    Change change;  // of the term
-    int room;       // taps of a bin that are held at a time: odd, so that bins lie in different banks
     int count[MOST_BINS];
-    Offset first[MOST_BINS];  // of a bin's first pixel, which stays the same from batch to batch
-    Tap<W> taps[TAPS];
+    Offset first[MOST_BINS];               // of a bin's first pixel, which stays the same from batch to batch
+    Tap<W> taps[MOST_BINS][MOST_TAPS + 1];  // one more, so that bins lie in different banks
     TapStream<W> streams[MOST_BINS];
 
-    __device__ Tap<W>* of(int bin) { return taps + bin * room; }
-
-    // Begins with a bin's taps, the `bin`th of the tile and the `number`th of the box.
-    __device__ void start(int bin, int number, int size) { streams[bin].start(axis, number, size); }
-
     // The next batch of a bin's taps; whether others follow.
-    __device__ bool read(const Arguments& a, int along, int bin, int number) {
+    __device__ bool read(const Arguments& a, int axis, int bin) {
         bool more;
         TapStream<W> stream = streams[bin];
-        count[bin] = stream.read(a.rule, axis, change, number, a.size[along], (Offset)a.feature_strides[2 + along], room,
-                                 of(bin), more);
-        if (!stream.started) first[bin] = of(bin)->offset;
+        count[bin] = stream.read(a.rule, (Offset)a.feature_strides[2 + axis], taps[bin], more);
+        if (!stream.started) first[bin] = taps[bin][0].offset;
         stream.started = true;
         streams[bin] = stream;  // also of a bin that has no more, whose neighbours may have
         return more;
@@ -136,29 +128,30 @@ struct TapTable {
 template <typename W, typename Work>
 DEVICE void for_taps(const Arguments& a, const Task& task, TapTable<W>* along, long long& image, bool& held, int terms,
                      Work work) {
-    const int axis = threadIdx.x / 32, bin = threadIdx.x % 32, number = task.first[axis & 1] + bin;
+    const int axis = threadIdx.x / 32, bin = threadIdx.x % 32;
     const bool reads_y = !held && axis == 0 && bin < task.extent[0], reads_x = !held && axis == 1 && bin < task.extent[1];
-    TapTable<W>& mine = along[axis & 1];
-    if (!held) __syncthreads();  // before the tables are written again
-    if ((reads_y || reads_x) && bin == 0) {
+    const bool reads = reads_y || reads_x;
+    TapStream<W>& mine = along[reads ? axis : 0].streams[reads ? bin : 0];
+    if (!held) __syncthreads();  // before `image` is written again
+    if (reads) {
         Real edges[4];
         const long long found = open_box(a, task.item, edges);
-        if (reads_y) image = found;
+        if (threadIdx.x == 0) image = found;
         mine.axis = {0, 0, 0};
         if (found >= 0) mine.axis = affine(a.rule, edges[axis], edges[axis + 2], a.rule.bins[axis], a.size[axis]);
-        mine.room = (TAPS / task.extent[axis] - 1) | 1;
+        mine.change = {false, 0, 0};
+        mine.bin = task.first[axis] + bin;
+        mine.size = a.size[axis];
     }
     bool all = terms == 1;
     for (int term = 0; term < terms; ++term) {
-        if ((reads_y || reads_x) && bin == 0)
-            mine.change = terms > 1 ? change_of(a, task.item, term, axis) : Change{false, 0, 0};
-        if (!held) __syncthreads();
+        if (reads && terms > 1) mine.change = change_of(a, task.item, term, axis);
         // All batches along x for each along y.
         bool unread = false, more_x = false, more_y = false;
         do {
             if (reads_x || (reads_y && !more_x)) {
-                if (reads_x ? !more_x : !more_y) mine.start(bin, number, a.size[axis]);
-                unread = mine.read(a, axis, bin, number);
+                if (reads_x ? !more_x : !more_y) mine.start();
+                unread = along[axis].read(a, axis, bin);
             }
             more_x = !held && __syncthreads_or(reads_x && unread);
             work(term);

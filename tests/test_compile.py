@@ -17,12 +17,16 @@ from cupy_roialign.gpu import kernels
 
 FILES = {file: name for name, file in kernels.KERNELS.items()}.values()  # a kernel of each file
 ARCHITECTURES = [f"sm_{number}" for number in (50, 60, 70, 75, 80, 86, 89, 90, 100, 120)]
+CHANNELS = (kernels.MANY_CHANNELS, 3)
+"""Numbers of channels; for each below MANY_CHANNELS there are kernels of its own, and 3 are those of photos."""
+
 COMMON = [
-    kernels.Types("float32", "float32", "float32", "float32", False, channels_last, 8) for channels_last in (False, True)
+    kernels.Types(*["float32"] * 4, False, channels_last, channels)
+    for channels, channels_last in itertools.product(CHANNELS, (False, True))
 ]
 """The types of most calls, for which the registers and the memory of a thread are checked."""
 
-LARGEST = [(name, COMMON[0]) for name in ("feature_gradient", "box_gradient")]
+LARGEST = [(name, types) for name in ("feature_gradient", "box_gradient") for types in COMMON[::2]]
 """The kernels that need most registers."""
 
 TOLD = re.compile(r"^ptxas (info| +\.).*$\n?", re.MULTILINE)
@@ -108,7 +112,7 @@ def test_every_instantiation(share, architectures):
 
 
 def test_common_instantiations_for_the_oldest(architectures):
-    common = [(name, types) for name, types in kernels.instantiations() if is_plain(types)]
+    common = [item for channels in CHANNELS for item in kernels.instantiations(channels) if is_plain(item[1])]
     assert compile_apart(architectures[0], common, True) == []
 
 

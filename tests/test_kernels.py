@@ -293,7 +293,7 @@ def test_tilings_cover_everything_once(features, channels_last):
             lanes = kernels.lanes_of(features, channels)
             types = kernels.Types(features, "float32", "float32", "float32", False, channels_last, lanes)
             for items in (1, 3, 100, 102, 10**6, 10**6 + 2):
-                most = (kernels.MOST_BINS, kernels.MOST_PIXELS)[items % 3]
+                most = (types.most_bins, kernels.MOST_PIXELS)[items % 3]
                 cut = Tiling.of(size, channels, types, items, most)
                 assert max(cut.tile) <= most
                 assert cut.channels % types.lanes == 0 < cut.channels

@@ -230,7 +230,7 @@ def plan(
     types = types_of(planes, crops, boxes, frame)
     (images, channels, *size), zones = planes.shape, Zones()
     if bins:
-        tiling = Tiling.of(bins, channels, types, boxes.shape[0], kernels.MOST_BINS)
+        tiling = Tiling.of(bins, channels, types, boxes.shape[0], types.most_bins)
     else:
         tiling = Tiling.of(tuple(size), channels, types, images, kernels.MOST_PIXELS)
         zones = Zones.of(images, tuple(size), tiling.tile)

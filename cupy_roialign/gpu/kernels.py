@@ -55,8 +55,8 @@ THREADS = 256
 FEWEST_THREADS = 64
 """Threads per block at least: the warps that find the taps along y and along x."""
 
-MOST_BINS, MOST_PIXELS = 32, 16
-"""The longest side of the tile that a block works on: of bins or, in the gradient of the features, of pixels."""
+MOST_PIXELS = 16
+"""The longest side of the tile of pixels that a block works on in the gradient of the features."""
 
 WORD = 32
 """Boxes per word of marks, and per block of `resolve_boxes`."""
@@ -88,6 +88,14 @@ class Types(NamedTuple):
     def box_bytes(self) -> int:
         """Bytes per box that `resolve_boxes` writes: `Bounds` and two `Axis`. The sources assert it."""
         return 24 + 2 * (8 + 2 * ITEMSIZES[self.positions])
+
+    @property
+    def most_bins(self) -> int:
+        """The longest side of the tile of bins that a block works on: what it finds about a box shall serve many spots.
+
+        Many channels are as many spots for each bin, and small tables of taps leave more to the L1 cache.
+        """
+        return 16 if self.lanes == lanes_of(self.features, MANY_CHANNELS) else 32
 
     @property
     def blocks(self) -> int:
@@ -157,7 +165,7 @@ def source(name: str, types: Types) -> str:
         f"#define LANES {types.lanes}\n"
         f"#define THREADS {THREADS}\n"
         f"#define BLOCKS {types.blocks}\n"
-        f"#define MOST_BINS {MOST_BINS}\n"
+        f"#define MOST_BINS {types.most_bins}\n"
         f"#define MOST_PIXELS {MOST_PIXELS}\n"
         f"#define WORD {WORD}\n"
         f"#define BOX_BYTES {types.box_bytes}\n"
