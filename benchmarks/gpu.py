@@ -29,12 +29,6 @@ from cupy_roialign.rule import BATCH_X1_Y1_X2_Y2
 
 FLUSH = 512 * 2**20  # bytes, several times any L2
 DTYPES = ("float32", "float16")
-SPECS = {
-    **workloads.SPECS,
-    # boxes that crowd a corner of the image, and so many boxes that finding those of a tile takes a while
-    "crowd": {**workloads.SPECS["W1"], "title": "5,000 boxes in one corner", "K": 5000, "image": (230, 230)},
-    "many": {**workloads.SPECS["W1"], "title": "100,000 boxes", "K": 100_000, "shape": (1, 16, 200, 272)},
-}
 NAMES = ["W1", "W2", "W3", "W4", "W5", "W6", "crowd", "many"]
 SIDES = ("torchvision", "through torch", "NCHW", "channels-last")
 
@@ -215,7 +209,7 @@ def measure(names, runs, flush_bytes, shrink, save):
         "peak bytes": {},
     }
     for name in names:
-        p = shrink(workloads.draw(SPECS[name]))
+        p = shrink(workloads.draw(workloads.GPU_SPECS[name]))
         for dtype in DTYPES:
             case = f"{name} {dtype}"
             size = (p["input"].size + p["cotangent"].size) * np.dtype(dtype).itemsize

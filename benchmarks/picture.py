@@ -1,7 +1,7 @@
 """How many times faster this package is, as dots on a logarithmic scale."""
 
 from benchmarks.report import TIMES, speedup
-from benchmarks.workloads import SPECS
+from benchmarks.workloads import GPU_SPECS
 
 COLORS = ("#0072B2", "#D55E00")  # told apart by the colour-blind
 STEPS = ("forward", "feature gradient")
@@ -19,7 +19,7 @@ def draw_gpu(report, path):
     titles = []
     for case in report[TIMES]:
         name, dtype = case.split()
-        titles.append(f"{SPECS[name]['title']} ({name}), {dtype}" if name in SPECS else case)
+        titles.append(f"{GPU_SPECS[name]['title']} ({name}), {dtype}" if name in GPU_SPECS else case)
 
     def ratio(times, way):
         return times["torchvision"][0] / times[way][0] if "torchvision" in times else None

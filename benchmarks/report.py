@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from benchmarks.sides import OURS, PEERS, STEPS
-from benchmarks.workloads import SPECS
+from benchmarks.workloads import GPU_SPECS
 
 TIMES = "ms: median, least, most"
 
@@ -137,7 +137,7 @@ def gpu_table(report):
                 f"{factor(peer[0] / times[way][0])} ({_us(times[way])})" if peer else _us(times[way]) for way in ways
             ]
             first = step == STEPS[0]
-            title = f"{name}, {SPECS[name]['title']}" if first and dtype == "float32" else ""
+            title = f"{name}, {GPU_SPECS[name]['title']}" if first and dtype == "float32" else ""
             rows.append([title, dtype * first, step, *cells, _us(peer) if peer else ""])
     return f"{report['gpu']}; {versions}.\n\n{_markdown(rows)}"
 

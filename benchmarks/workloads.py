@@ -39,6 +39,13 @@ SPECS = {
     "large": _spec("one box of a large image", (1, 64, 2048, 2048), (2048, 2048), 1, (205, 205), 1.0, (7, 7), 2, 107),
 }
 
+GPU_SPECS = {
+    **SPECS,
+    # boxes that crowd a corner of the image, and so many boxes that finding those of a tile takes a while
+    "crowd": {**SPECS["W1"], "title": "5,000 boxes in one corner", "K": 5000, "image": (230, 230)},
+    "many": {**SPECS["W1"], "title": "100,000 boxes, 16 channels", "K": 100_000, "shape": (1, 16, 200, 272)},
+}
+
 
 def boxes(K, image, side, rng):
     """(K, 4) x1, y1, x2, y2 in pixels of the image, float32."""

@@ -142,7 +142,9 @@ def test_without_any_name_of_autograd(without):
 def test_the_current_stream_of_a_gpu(monkeypatch):
     """By a private name, which torch without CUDA lacks, or by a public one."""
     device = torch.device("cuda:3")
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=10 + device.index))
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=10 + device.index)
+    )
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 20 + index, raising=False)
     importlib.reload(private)
     assert private.current_stream(device) == 23

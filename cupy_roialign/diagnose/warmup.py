@@ -60,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inference", action="store_true", help="no gradients")
     parser.add_argument("--double-backward", action="store_true", help="also gradients of gradients")
     parser.add_argument("--large", action="store_true", help="also for arrays of 2**31 elements and more")
-    parser.add_argument("--all", action="store_true", help="every kernel for the channels, whatever the other options say")
+    parser.add_argument(
+        "--all", action="store_true", help="every kernel for the channels, whatever the other options say"
+    )
 
 
 def chosen(options: argparse.Namespace) -> list[Instantiation]:

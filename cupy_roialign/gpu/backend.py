@@ -218,9 +218,7 @@ _is_channels_last = functools.lru_cache(maxsize=1024)(arrays.is_channels_last)
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(
-    backend: GpuBackend, layouts: tuple[tuple[Any, ...], ...], frame: int, bins: tuple[int, int] | None
-) -> Plan:
+def plan(backend: GpuBackend, layouts: tuple[tuple[Any, ...], ...], frame: int, bins: tuple[int, int] | None) -> Plan:
     """For arrays of some layouts: their pointers' alignment, strides, shape and dtype. See `_Work.arrays`.
 
     Blocks share the bins of boxes or, of None, the pixels of images. The rule itself is no key of the cache: 0.0 and
