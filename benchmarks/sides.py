@@ -43,7 +43,7 @@ def _ways():
 
 def versions():
     found = {"cupy_roialign": cr.__version__, "numpy": np.__version__, "python": platform.python_version()}
-    return found | ({"numba": _ways()["compiled"].numba.__version__} if "compiled" in _ways() else {})
+    return found | ({"numba": _ways()["compiled"].machine_code.numba.__version__} if "compiled" in _ways() else {})
 
 
 def _use(way, threads):

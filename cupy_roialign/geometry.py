@@ -9,7 +9,7 @@ The samples of a bin are averaged. A border rule says what a position outside of
 which pixels a position inside it reads.
 
 The functions serve arrays, of many boxes, and numbers: NumPy runs them as they are (cpu/weights.py), Numba compiles
-them for numbers (cpu/compiled.py). So they take `real`, the type of positions (numpy.float32 or numpy.float64), and
+them for numbers (cpu/loops.py). So they take `real`, the type of positions (numpy.float32 or numpy.float64), and
 make each constant of that type; they choose by `select`, and by `if` only where the rule alone decides.
 cuda/geometry.cuh is their twin.
 

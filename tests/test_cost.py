@@ -41,7 +41,7 @@ def tried(request, monkeypatch):
     """Makes `Rows`, in one of the two ways, and tells how many positions were worked out for each axis."""
     if request.param == "compiled":
         pytest.importorskip("numba")
-        from cupy_roialign.cpu import compiled, loops  # before anything is patched, which they compile
+        from cupy_roialign.cpu import compiled, loops, machine_code  # before anything is patched, which they compile
     position, counts = geometry.position, []
 
     def counting(*args):
@@ -56,7 +56,7 @@ def tried(request, monkeypatch):
         # as Python, so that calls can be counted
         monkeypatch.setattr(loops, "type_of", lambda array: array.dtype.type)
         monkeypatch.setattr(loops, "edges", loops.edges.py_func)
-        monkeypatch.setattr(compiled, "_loop", lambda name, *key: getattr(loops, name).py_func)
+        monkeypatch.setattr(machine_code, "loop", lambda name, *key: getattr(loops, name).py_func)
         build = compiled._rows
 
     def run(case, low, high):

@@ -22,7 +22,7 @@ from tests.test_oracle import ORDERS, lay_out
 numba = pytest.importorskip("numba", reason="the compiled way needs Numba")
 from numba.extending import register_jitable  # noqa: E402
 
-from cupy_roialign.cpu import compiled, loops  # noqa: E402
+from cupy_roialign.cpu import compiled, loops, machine_code  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -132,7 +132,7 @@ def test_positions_are_the_same_to_the_bit(real, size):
         for axis in range(2):
             low, high = (np.ascontiguousarray(boxes[:, case.columns[axis + end]]) for end in (0, 2))
             found = np.zeros_like(expected[:, axis])
-            twin(compiled._spec(case), low, high, case.bins[axis], size[axis], found)
+            twin(machine_code.Spec.of(case), low, high, case.bins[axis], size[axis], found)
             np.testing.assert_array_equal(found, expected[:, axis])
 
 
@@ -168,7 +168,7 @@ def test_rows_are_the_same_to_the_bit():
 def cache(tmp_path, monkeypatch):
     """An empty cache of machine code, and nothing in memory."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(compiled, "_made", {})
+    monkeypatch.setattr(machine_code, "_made", {})
     return tmp_path
 
 
@@ -405,16 +405,16 @@ ROWS = ("rows", "f", "f", False)
 
 
 def test_machine_code_is_kept_and_follows_its_sources(cache, monkeypatch):
-    compiled._make(compiled._Key(*ROWS))
+    machine_code.make(machine_code.Key(*ROWS))
     (first,) = cache.iterdir()
     kept = sorted(path.name for path in first.rglob("*.nbc"))
     assert kept
-    compiled._made.clear()
-    again = compiled._make(compiled._Key(*ROWS))
+    machine_code._made.clear()
+    again = machine_code.make(machine_code.Key(*ROWS))
     assert again.stats.cache_hits == {again.signatures[0]: 1}
     monkeypatch.setattr(geometry, "__file__", rule.__file__)  # as if geometry.py were another
-    compiled._made.clear()
-    other = compiled._make(compiled._Key(*ROWS))
+    machine_code._made.clear()
+    other = machine_code.make(machine_code.Key(*ROWS))
     assert len(list(cache.iterdir())) == 2
     assert not other.stats.cache_hits
     assert str(cache) == numba.config.CACHE_DIR
@@ -423,7 +423,7 @@ def test_machine_code_is_kept_and_follows_its_sources(cache, monkeypatch):
 def test_a_folder_that_cannot_be_written_to_is_done_without(cache, monkeypatch):
     (cache / "file").write_text("")
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(cache / "file" / "below"))
-    loop = compiled._make(compiled._Key(*ROWS))
+    loop = machine_code.make(machine_code.Key(*ROWS))
     assert loop.signatures
     assert not loop.stats.cache_path  # nor in a folder of Numba's own, which does not follow geometry.py
 

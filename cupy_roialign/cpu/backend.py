@@ -65,7 +65,7 @@ def compile_ahead() -> float:
     start = time.perf_counter()
     way, _ = _compiled()
     if way is not None:
-        way.compile_all()
+        way.machine_code.compile_all()
     return time.perf_counter() - start
 
 

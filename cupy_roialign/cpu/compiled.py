@@ -8,25 +8,15 @@ integers, other strides and, since single channels of a pixel are slow, planes o
 from __future__ import annotations
 
 import collections
-import contextlib
-import hashlib
-import itertools
 import math
-import os
-import tempfile
-import threading
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 
-from cupy_roialign import arrays, geometry
-from cupy_roialign import rule as rules
-from cupy_roialign.cpu import loops, threads, weights
+from cupy_roialign import arrays
+from cupy_roialign.cpu import loops, machine_code, threads, weights
 from cupy_roialign.cpu.weights import Job, Rows, Term
-from cupy_roialign.rule import Rule
 
 BATCH = 2**18
 """Bytes of crops that are worked on at a time before they are brought back; they stay in the cache."""
@@ -36,116 +26,14 @@ MANY = 8 * loops.GROUP
 channels-last features, and of each bin's in the crops of the box gradient."""
 
 
-_config: Any = numba.config
-
-
-class _Spec(NamedTuple):
-    """As much of a rule as geometry.py asks for, of types that Numba knows."""
-
-    frame: int
-    taps: int
-    border: int
-    spatial_scale: float
-    sampling_ratio: int
-    aligned: bool
-
-
-# ---- machine code ----
-
-
-class _Key(NamedTuple):
-    """Of a loop."""
-
-    name: str
-    dtype: str  # of the features, f or d
-    real: str  # of positions, for rows
-    few: bool  # for few channels, that is less than loops.LANES
-
-
-def _signature(key: _Key) -> tuple[Any, ...]:
-    """The types of a loop's arguments."""
-    (f, real), i, array = map(numba.from_dtype, map(np.dtype, key[1:3])), numba.int64, numba.types.Array
-    pair, four, eight = (numba.types.UniTuple(i, n) for n in (2, 4, 8))
-    integers, read, table = (array(t, n, "C", readonly=True) for t, n in ((i, 1), (f, 1), (f, 2)))
-    written, sums = array(f, 1, "C"), array(numba.float64, 2, "C")
-    of = integers, array(i, 3, "C", readonly=True), integers, read, read, pair
-    scratch = array(numba.uint32, 2, "C"), array(numba.uint64, 2, "C"), array(f, 2, "C")
-    common = eight, integers, integers, *of, *scratch, numba.boolean if key.few else numba.none
-    spec, boxes = numba.typeof(_Spec(0, 0, 0, 1.0, 1, True)), array(real, 2, "A", readonly=True)
-    made = array(i, 1, "C"), array(i, 3, "C"), array(i, 1, "C"), array(f, 2, "C"), sums
-    return {
-        "rows": (spec, boxes, four, pair, pair, *made),
-        "crops": (read, *common, numba.boolean, written),
-        "spread": (written, *common, read),
-        "slopes": (read, *common, table, table, read, sums, sums),
-    }[key.name]
-
-
-_made: dict[tuple[str, str, str, bool], Any] = {}
-
-_lock = threading.RLock()
-
-
-def _loop(*key: Any) -> Any:
-    """A loop as machine code."""
-    return _made.get(key) or _make(_Key(*key))
-
-
-def _make(key: _Key) -> Any:
-    """Compiles a loop, or loads it from the cache on disk; once, whichever thread asks first."""
-    source, signature = getattr(loops, key.name), _signature(key)
-    options = {name: source.targetoptions[name] for name in ("nogil", "error_model", "no_cfunc_wrapper")}
-    with _lock, _cache_folder(key) as folder:
-        if key not in _made:
-            try:  # Numba would take another folder, that knows of changes to loops.py alone
-                os.makedirs(folder, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()
-                _made[key] = numba.njit(signature, cache=True, **options)(source.py_func)
-            except (OSError, RuntimeError):  # one that cannot be written to
-                _made[key] = numba.njit(signature, **options)(source.py_func)
-        return _made[key]
-
-
-@contextlib.contextmanager
-def _cache_folder(key: _Key) -> Iterator[str]:
-    """Numba's cache, in a folder of these very sources.
-
-    By itself Numba looks whether the file of a function has changed, but not those of functions that it calls. And two
-    processes that compile one function for other types at the same time would spoil each other's entries.
-    """
-    digest = hashlib.sha256()
-    for module in (geometry, rules, loops):
-        digest.update(Path(str(module.__file__)).read_bytes())
-    before = _config.CACHE_DIR
-    base = before or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cupy_roialign")
-    _config.CACHE_DIR = os.path.join(base, digest.hexdigest()[:16], f"{key.dtype}{key.real}{key.few:d}")
-    try:
-        yield _config.CACHE_DIR
-    finally:
-        _config.CACHE_DIR = before
-
-
-def compile_all() -> None:
-    for name, dtype, few in itertools.product(NAMES, "fd", (False, True)):
-        _make(_Key(name, dtype, dtype, few and name != "rows"))
-
-
-NAMES = ("rows", "crops", "spread", "slopes")
-
-
-def _spec(rule: Rule) -> _Spec:
-    frame, taps, border = int(rule.frame), int(rule.taps), int(rule.border)
-    return _Spec(frame, taps, border, rule.spatial_scale, rule.sampling_ratio, rule.aligned)
-
-
 def _rows(job: Job, some: slice, slopes: bool, room: int) -> Rows:
     """`Rows`, the same as those of weights.py; there may be room behind the entries."""
     rule, sizes, boxes = job.rule, job.shape[2:], job.boxes[some]
     begin, pixel = np.empty(len(boxes) * (rule.bins[0] + rule.bins[1]) + 1, np.int64), np.empty(room, np.int64)
     extent, values = np.empty((2, 2, len(boxes)), np.int64), np.empty((3 if slopes else 1, room), job.dtype)
     sums = np.empty((3, min(2 * rule.sampling_ratio or max(sizes), max(sizes))))
-    loop = _loop("rows", job.dtype.char, boxes.dtype.char, False)
-    most = loop(_spec(rule), boxes, rule.columns, sizes, rule.bins, begin, extent, pixel, values, sums)
+    loop = machine_code.loop("rows", job.dtype.char, boxes.dtype.char, False)
+    most = loop(machine_code.Spec.of(rule), boxes, rule.columns, sizes, rule.bins, begin, extent, pixel, values, sums)
     return Rows(begin, extent, pixel, values, most)
 
 
@@ -282,7 +170,7 @@ class _Group(NamedTuple):
             np.empty((2, max(most_y, most_x) + 3), np.uint64),
             np.empty((2 + 4 * kinds, max(pixels * channels, most_y)), self.job.dtype),
         )
-        loop = _loop(name, self.job.dtype.char, self.job.dtype.char, few)
+        loop = machine_code.loop(name, self.job.dtype.char, self.job.dtype.char, few)
         loop(*strip, numbers, images, begin, extent, pixel, *term, bins, *scratch, True if few else None, *rest)
 
     def levels(self, features: np.ndarray, images: Any, numbers: np.ndarray) -> np.ndarray:
