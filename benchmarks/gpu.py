@@ -169,7 +169,7 @@ def compile_seconds():
 
 def resources():
     """Registers and memory that each kernel takes, for the types of most calls."""
-    types = kernels.Types("float32", "float32", "float32", "float32", False, False, 8)
+    types = kernels.Types("float32", "float32", "float32", "float32", False, False, lanes=8)
     names = {"registers": "num_regs", "bytes of local memory": "local_size_bytes", "of shared": "shared_size_bytes"}
     made = {name: kernels.kernel(name, types) for name in kernels.KERNELS}
     return {name: {what: getattr(kernel, of) for what, of in names.items()} for name, kernel in made.items()}

@@ -2,8 +2,9 @@
 // boxes that touch the tile, adds up what each contributes, in the order of the boxes, and writes each element once. So
 // results are bitwise reproducible, and neither atomics nor zeroed memory are needed.
 
-const int BINS = 16;         // along each axis of a chunk
-const int CHUNKS = 24;       // processed together at most
+const int BINS = 16;    // along each axis of a chunk
+const int CHUNKS = 24;  // processed together at most
+const int WIDEST_CHUNKS = 48 / sizeof(Compute);  // where tiles are as wide as can be
 const int WARP = 32;
 
 // The positions whose taps may touch the pixels [start, stop) of an axis. Clamping brings samples from up to one pixel
@@ -139,8 +140,8 @@ struct ChunkWeights {
     Offset first[CHUNKS];  // of a chunk's first bin in channel 0, among the crops
     int bins[CHUNKS][2];
     Bins touching[CHUNKS][2][MOST_PIXELS];  // a pixel
-    int width;                            // `width_of`
-    Compute weights[48 / sizeof(Compute) * 2 * BINS * (MOST_PIXELS + 1)];
+    int width;                              // `width_of`
+    Compute weights[WIDEST_CHUNKS * 2 * BINS * (MOST_PIXELS + 1)];
 
     // From a bin's weights to the next one's: odd, so that bins lie in different banks.
     static __device__ int width_of(const Arguments& a) { return max(a.tile[0], a.tile[1]) | 1; }

@@ -14,27 +14,28 @@ from tests.test_kernels import problem
 def main():
     if hasattr(cupy.cuda, "set_allocator"):  # here, because pytest imports this file, to look for examples
         cupy.cuda.set_allocator(None)  # one allocation an array: a pool would hide an access past its end
-    features, boxes, indices, cotangent = problem()
-    boxes[3], boxes[5, 2] = [-1e30, -1e30, 1e30, 1e30], np.nan
-    indices[6] = 99
     calls = 0
-    for dtype, last, (operator, options) in itertools.product(
+    cases = itertools.product(
         (np.float32, np.float16, np.float64, np.uint8),
         (False, True),
         (
-            (cr.roi_align, {"sampling_ratio": 2, "aligned": True}),
-            (cr.roi_align, {"sampling_ratio": -1}),
-            (cr.roi_crop, {"extrapolation_value": 1.5}),
+            (cr.roi_align, {"output_size": (5, 9), "sampling_ratio": 2, "aligned": True}),
+            (cr.roi_align, {"output_size": (5, 9), "sampling_ratio": -1}),
+            (cr.roi_crop, {"crop_size": (20, 33), "extrapolation_value": 1.5}),  # several tiles of bins
         ),
-    ):
+    )
+    # by turns, so that each dtype and memory order has the kernels for few channels and those for many
+    for (dtype, last, (operator, options)), channels in zip(cases, itertools.cycle((3, 13))):
+        features, boxes, indices, _ = problem(channels)
+        boxes[3], boxes[5, 2] = [-1e30, -1e30, 1e30, 1e30], np.nan
+        indices[6] = 99
         values = (features * 50).astype(dtype)
         if last:
             values = np.ascontiguousarray(values.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
         on_gpu = cupy.asarray(values)
         name = "batch_indices" if operator is cr.roi_align else "box_indices"
-        size = {"output_size" if operator is cr.roi_align else "crop_size": (5, 9)}
-        options = {name: cupy.asarray(indices), **size, **options}
-        output, pullback = cr.vjp(operator, on_gpu, cupy.asarray(boxes), **options)
+        output, pullback = cr.vjp(operator, on_gpu, cupy.asarray(boxes), **options, **{name: cupy.asarray(indices)})
+        cotangent = np.random.default_rng(calls).uniform(-1, 1, output.shape).astype(np.float32)
         to_features, to_boxes = pullback(cupy.asarray(cotangent))
         sound = [k for k in range(len(boxes)) if k not in (5, 6)]
         assert np.isfinite(output.get()[sound]).all()

@@ -342,7 +342,7 @@ def test_threads_that_part_are_found(cupy):
     device = [cupy.asarray(array) for array in problem()[:3]]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "kernel", lambda name, types: bad)
-        with pytest.raises(RuntimeError, match="63 of 64 threads wait at a barrier that the others never reach"):
+        with pytest.raises(RuntimeError, match="127 of 128 threads wait at a barrier that the others never reach"):
             cr.roi_align(*device[:2], (5, 9), batch_indices=device[2])
 
 

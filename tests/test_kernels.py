@@ -16,7 +16,7 @@ from tests import positions, tolerance
 from tests.backends import view
 
 
-def problem(channels=5, dtype=np.float32, count=9):
+def problem(channels=13, dtype=np.float32, count=9):
     rng = np.random.default_rng(3)
     features = rng.uniform(-1, 1, (2, channels, 19, 22)).astype(dtype)
     boxes = rng.uniform(-3, 23, (count, 4)).astype(np.float32)
@@ -76,7 +76,7 @@ extern "C" __global__ void twin(const Arguments a) {
 def test_positions_are_the_same_to_the_bit(real, cupy):
     """A million boxes over all rules, of which 10 are operators', and two sizes: geometry.cuh against geometry.py."""
     name = np.dtype(real).name
-    types = kernels.Types("float32", "float32", name, name, False, False, 8)
+    types = kernels.Types("float32", "float32", name, name, False, False, lanes=8)
     code = kernels.source("forward", types).replace(kernels.read("forward.cu"), TWIN)
     kernel = cupy.RawKernel(code, "twin")
     checked = 0
@@ -103,7 +103,7 @@ def test_positions_are_the_same_to_the_bit(real, cupy):
 
 def test_the_structure_of_arguments_is_that_of_the_kernels(cupy):
     """Sizes are compared at each launch; here each field, by a kernel that reads it."""
-    types = kernels.Types("float32", "float32", "float32", "float32", False, False, 8)
+    types = kernels.Types("float32", "float32", "float32", "float32", False, False, lanes=8)
     fields = [
         "a.feature_strides[3]", "a.output_strides[0]", "a.box_strides[1]", "a.index_stride", "a.direction_strides[3]",
         "a.direction_count", "a.images", "a.count",
@@ -142,7 +142,7 @@ def test_arguments_are_packed_in_the_order_of_their_names():
     ]
     rule = Rule(Frame.CORNERS, Taps.NEAREST, Border.CLAMP, (8, 9), BATCH_X1_Y1_X2_Y2, 0.25, 6, True, -1.5)
     directions = [arguments.View(200, (91, 92), (7, 5), "float32")]
-    types = kernels.Types("float32", "float32", "float32", "float32", False, False, 8)
+    types = kernels.Types("float32", "float32", "float32", "float32", False, False, lanes=8)
     zones = Zones((15, 16, 17), (18, 19))
     template = arguments.template(views[:4], directions, types, Tiling((12, 13), 11, 14, 64), zones)
     packed = arguments.fill(template, (100, 101, 102, 103, 104, 105, 200), rule, 77).view(arguments.ARGUMENTS)
@@ -193,10 +193,14 @@ def test_offsets_of_64_bits_give_the_same(cupy, launched, monkeypatch):
     narrow = run(cupy, *given)
     assert {name for name, _ in launched} == set(kernels.KERNELS) - {"forward_along"}
     monkeypatch.setattr(backend, "LARGE", 1)
-    features, boxes = (view(cupy, array) for array in given[:2])
-    assert backend.types_of(features, features, boxes, Frame.SCALED).large
+    backend.plan.cache_clear()
+    kernel, large = kernels.kernel, []
+    monkeypatch.setattr(kernels, "kernel", lambda name, types: large.append(types.large) or kernel(name, types))
     for a, b in zip(narrow, run(cupy, *given), strict=True):
         np.testing.assert_array_equal(a, b)
+    backend.plan.cache_clear()
+    assert len(large) == 5
+    assert all(large)
 
 
 # first channel and how many, of 24 that lie side by side
@@ -292,8 +296,7 @@ def test_tilings_cover_everything_once(features, channels_last):
         for channels in (0, 1, 3, 20, 256, 1024):
             lanes = kernels.lanes_of(features, channels)
             types = kernels.Types(features, "float32", "float32", "float32", False, channels_last, lanes)
-            for items in (1, 3, 100, 102, 10**6, 10**6 + 2):
-                most = (types.most_bins, kernels.MOST_PIXELS)[items % 3]
+            for items, most in itertools.product((1, 100, 10**6), (types.most_bins, kernels.MOST_PIXELS)):
                 cut = Tiling.of(size, channels, types, items, most)
                 assert max(cut.tile) <= most
                 assert cut.channels % types.lanes == 0 < cut.channels

@@ -1,6 +1,7 @@
 """`python -m cupy_roialign warmup`: what it compiles, and what it says."""
 
 import argparse
+import itertools
 import os
 import re
 import subprocess
@@ -62,6 +63,7 @@ def call(cupy, operator, dtype, box_dtype, channels_last, gradients, channels=20
 def test_it_is_what_calls_ask_for(operator, dtype, box_dtype, order, gradients, asked, emulated):
     call(emulated, operator, dtype, box_dtype, order == "channels-last", gradients)
     options = ["--operator", operator, "--dtype", dtype, "--box-dtype", box_dtype, "--order", order]
+    options += ["--channels", "20"]
     assert chosen(*options, *([] if gradients else ["--inference"])) == asked
 
 
@@ -70,21 +72,27 @@ def test_it_is_what_calls_ask_for(operator, dtype, box_dtype, order, gradients, 
 def test_features_of_few_channels(dtype, channels, asked, emulated):
     for channels_last in (False, channels > 1):
         call(emulated, "roi_crop", dtype, "float32", channels_last, gradients=True, channels=channels)
-    options = ["--operator", "roi_crop", "--dtype", dtype, "--order", "both" if channels > 1 else "contiguous"]
+    options = ["--operator", "roi_crop", "--dtype", dtype]
     assert chosen(*options, "--channels", str(channels)) == asked
     call(emulated, "roi_crop", dtype, "float32", False, gradients=True)
     assert chosen(*options, "--channels", str(channels), "64") >= asked
 
 
+def test_channels_must_be_a_number_from_1_on(capsys):
+    for wrong in ("0", "-3", "many"):
+        with pytest.raises(SystemExit):
+            chosen("--channels", wrong)
+        assert "--channels" in capsys.readouterr().err
+
+
 def test_by_default_it_is_what_most_ask_for(asked, emulated):
-    for operator in warmup.RULES:
-        for dtype in ("float32", "float16"):
-            for channels_last in (False, True):
-                call(emulated, operator, dtype, "float32", channels_last, gradients=True)
+    for operator, dtype, channels in itertools.product(warmup.RULES, ("float32", "float16"), (3, 256)):
+        for channels_last in (False, True):
+            call(emulated, operator, dtype, "float32", channels_last, gradients=True, channels=channels)
     assert chosen() == asked
     assert len(chosen("--large")) == 2 * len(asked)
     assert {file for file, _ in chosen("--double-backward") - chosen()} == {"forward_along.cu"}
-    assert len(chosen("--all")) == len(kernels.instantiations())
+    assert len(chosen("--all")) == len({item for channels in range(1, 9) for item in kernels.instantiations(channels)})
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +115,7 @@ def run(capsys, *arguments):
     return status, *capsys.readouterr()
 
 
-SMALL = ("--dtype", "float32", "--order", "contiguous", "--inference")
+SMALL = ("--dtype", "float32", "--order", "contiguous", "--channels", "256", "--inference")
 
 
 @pytest.mark.parametrize("bar", [True, False])
@@ -124,7 +132,7 @@ def test_it_compiles(bar, cupy, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(kernels, "kernel", lambda *asked: compiled.append(asked) or kernel(*asked))
     status, output, progress = run(capsys, *SMALL)
     assert status == 0
-    assert compiled == [("forward", kernels.Types(*["float32"] * 4, False, False, 8))]
+    assert compiled == [("forward", kernels.Types(*["float32"] * 4, False, False, lanes=8))]
     sizes = [path.stat().st_size for path in tmp_path.iterdir()]  # a GPU's kernel is kept, where it was not before
     assert re.match(rf"GPU kernels: 1, new: {len(sizes) - 1}, in .* s\n", output)
     assert f"CuPy's kernel cache: {tmp_path}, {len(sizes)} files, {sum(sizes) / 2**20:.1f} MiB\n" in output

@@ -27,8 +27,8 @@ ORDERS = {"contiguous": (False,), "channels-last": (True,), "both": (False, True
 DESCRIPTION = """\
 Compiles what the first calls of a program would have to compile: the loops for the CPU if Numba is installed, and
 kernels for the current GPU if there is one, which stay in CuPy's kernel cache. Without options these are the kernels
-that most programs need: all operators and their gradients, for float32 and float16 features with 8 channels or more in
-both memory orders, and float32 boxes. The options choose other kernels.
+that most programs need: all operators and their gradients, for float32 and float16 features with 3 channels and with 8
+or more, in both memory orders, and float32 boxes. The options choose other kernels.
 
 CuPy finds a kernel again for the same compute capability and the same versions of CuPy, CUDA's compiler and this
 package. CUPY_CACHE_DIR chooses the folder, for example to ship it in a container; CUDA_VISIBLE_DEVICES chooses the GPU.
@@ -52,22 +52,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--channels",
         nargs="+",
-        type=int,
+        type=_number_of_channels,
         metavar="N",
-        default=[kernels.MANY_CHANNELS],
-        help=f"channels of features, for example 3 of photos; all from {kernels.MANY_CHANNELS} on share their kernels",
+        default=[3, kernels.MANY_CHANNELS],
+        help=f"channels of features; all from {kernels.MANY_CHANNELS} on share their kernels; 3 and 8 by default",
     )
     parser.add_argument("--inference", action="store_true", help="no gradients")
     parser.add_argument("--double-backward", action="store_true", help="also gradients of gradients")
     parser.add_argument("--large", action="store_true", help="also for arrays of 2**31 elements and more")
-    parser.add_argument(
-        "--all", action="store_true", help="every kernel for the channels, whatever the other options say"
-    )
+    parser.add_argument("--all", action="store_true", help="every kernel, whatever the other options say")
+
+
+def _number_of_channels(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more; got {number}")
+    return number
 
 
 def chosen(options: argparse.Namespace) -> list[Instantiation]:
     """Which of `kernels.instantiations` the options mean."""
-    known = dict.fromkeys(item for channels in options.channels for item in kernels.instantiations(channels))
+    channels = range(1, kernels.MANY_CHANNELS + 1) if options.all else options.channels
+    known = dict.fromkeys(item for number in channels for item in kernels.instantiations(number))
     if options.all:
         return [*known]
     rules = [RULES[operator]((1, 1)) for operator in options.operator]

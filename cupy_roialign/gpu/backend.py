@@ -50,7 +50,7 @@ class GpuBackend(abc.ABC):
 
     # ---- a library's arrays ----
 
-    strides_in_bytes: bool  # or in elements
+    strides_in_bytes: bool  # those of `layout`; otherwise in elements
 
     @abc.abstractmethod
     def on(self, array: Any) -> contextlib.AbstractContextManager[object]:
@@ -58,7 +58,7 @@ class GpuBackend(abc.ABC):
 
     @abc.abstractmethod
     def layout(self, array: Any) -> tuple[int, tuple[int, ...]]:
-        """The address of the first element, and the strides."""
+        """The address of the first element, and the strides: see `strides_in_bytes`."""
 
     @abc.abstractmethod
     def cast(self, array: Any, dtype: str) -> Any:
@@ -117,7 +117,7 @@ class GpuBackend(abc.ABC):
             count = boxes.shape[0]
             nbytes = count * types.box_bytes + zones.bytes(count)
             resolved = self.empty((-(-nbytes // 8),), "int64", grad_output)  # aligned for 8 bytes
-            self._launch("resolve_boxes", -(-count // kernels.WORD), work, gradient, resolved)
+            self._launch("resolve_boxes", -(-count // kernels.BOXES_PER_WORD), work, gradient, resolved)
             self._launch("feature_gradient", features.shape[0] * tiling.blocks, work, gradient, resolved)
             return gradient
 

@@ -44,7 +44,7 @@ ITEMSIZES = {name: 2 if name == "bfloat16" else np.dtype(name).itemsize for name
 """Bytes per element of each dtype that kernels read."""
 
 MANY_CHANNELS = 8
-"""From so many channels on the kernels are the same; for fewer they are compiled for that number."""
+"""From so many channels on the kernels are the same (float64: from half as many on); for fewer there are others each."""
 
 OPTIONS = ("-std=c++17",)
 """Options of the compiler."""
@@ -58,7 +58,7 @@ FEWEST_THREADS = 64
 MOST_PIXELS = 16
 """The longest side of the tile of pixels that a block works on in the gradient of the features."""
 
-WORD = 32
+BOXES_PER_WORD = 32
 """Boxes per word of marks, and per block of `resolve_boxes`."""
 
 BOXES_PER_BLOCK = 8
@@ -121,7 +121,7 @@ def every_types(channels: int = MANY_CHANNELS) -> list[Types]:
         for crops in dict.fromkeys((arrays.output_name(features), arrays.compute_name(features)))
         for boxes, positions in (("float32", "float32"), ("float32", "float64"), ("float64", "float64"))
         for large in (False, True)
-        for channels_last in (False, True)
+        for channels_last in ((False, True) if channels > 1 else (False,))
         if not (positions != boxes and features != "float64")
     ]
 
@@ -167,7 +167,7 @@ def source(name: str, types: Types) -> str:
         f"#define BLOCKS {types.blocks}\n"
         f"#define MOST_BINS {types.most_bins}\n"
         f"#define MOST_PIXELS {MOST_PIXELS}\n"
-        f"#define WORD {WORD}\n"
+        f"#define WORD {BOXES_PER_WORD}\n"
         f"#define BOX_BYTES {types.box_bytes}\n"
         f"#define BOXES_PER_BLOCK {BOXES_PER_BLOCK}\n"
         f"#define SUMS {SUMS}\n"

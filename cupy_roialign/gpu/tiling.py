@@ -30,11 +30,12 @@ class Tiling(NamedTuple):
         """For so many items of a size, in bins or pixels, and tiles of at most `most` along each side.
 
         A block takes as many spots as it has threads, at most, or several times as many, in rounds, where that leaves
-        enough blocks: what it finds about the box, or about the boxes of a tile, serves all rounds.
+        enough blocks: what it finds about the box, or about the boxes of a tile, serves all rounds. So large tiles are
+        tried first.
         """
         groups, room = -(-channels // types.lanes), kernels.THREADS
-        square = math.isqrt(room)
-        limits = (FEW_BINS,) if groups * FEW_BINS**2 >= room else (most, square)
+        side = math.isqrt(room)  # of a tile with a spot for each thread
+        limits = (FEW_BINS,) if groups * FEW_BINS**2 >= room else (most, side)
         for limit in limits:
             cuts = [max(1, -(-n // limit)) for n in size]
             if items * math.prod(cuts) >= MANY_BLOCKS:
@@ -65,4 +66,4 @@ class Zones(NamedTuple):
 
     def bytes(self, boxes: int) -> int:
         """Bytes of the marks of so many boxes."""
-        return 4 * sum(self.counts) * -(-boxes // kernels.WORD)
+        return 4 * sum(self.counts) * -(-boxes // kernels.BOXES_PER_WORD)
