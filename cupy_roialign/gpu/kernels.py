@@ -44,7 +44,7 @@ ITEMSIZES = {name: 2 if name == "bfloat16" else np.dtype(name).itemsize for name
 """Bytes per element of each dtype that kernels read."""
 
 MANY_CHANNELS = 8
-"""From so many channels on the kernels are the same (float64: from half as many on); for fewer there are others each."""
+"""From so many channels on (float64: from half as many) the kernels are the same; for fewer they are others each."""
 
 OPTIONS = ("-std=c++17",)
 """Options of the compiler."""
