@@ -214,7 +214,7 @@ def test_channels_that_are_read_together_and_those_that_are_not(first, channels,
     grads = np.ascontiguousarray(cotangent[:, of_them].transpose(0, 2, 3, 1))
     on_gpu = cupy.asarray(values).transpose(0, 3, 1, 2)[:, of_them]
     planes = view(cupy, on_gpu)
-    lanes = backend.types_of(planes, planes, view(cupy, boxes), Frame.SCALED).lanes
+    lanes = backend.types_of(planes, planes, view(cupy, boxes), Frame.SCALED, (5, 9)).lanes
     assert lanes == min(channels, 4 if dtype == np.float64 else 8)
     itemsize = np.dtype(dtype).itemsize
     step = math.gcd(16, lanes * itemsize)
@@ -292,10 +292,13 @@ def test_a_view_is_packed_where_one_access_reaches_its_channels():
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("features", list(kernels.CTYPES))
 def test_tilings_cover_everything_once(features, channels_last):
+    lanes_of_many = kernels.lanes_of(features, 256)
     for size in ((1, 1), (7, 7), (14, 14), (9, 300), (224, 224), (1, 1000), (0, 5)):
         for channels in (0, 1, 3, 20, 256, 1024):
             lanes = kernels.lanes_of(features, channels)
-            types = kernels.Types(features, "float32", "float32", "float32", False, channels_last, lanes)
+            most_bins = kernels.most_bins_of(lanes, features, size)
+            assert (most_bins == 32) == (channels < lanes_of_many and max(size) > 16)
+            types = kernels.Types(features, "float32", "float32", "float32", False, channels_last, lanes, most_bins)
             for items, most in itertools.product((1, 100, 10**6), (types.most_bins, kernels.MOST_PIXELS)):
                 cut = Tiling.of(size, channels, types, items, most)
                 assert max(cut.tile) <= most

@@ -43,13 +43,13 @@ def asked(emulated, monkeypatch):
     return found
 
 
-def call(cupy, operator, dtype, box_dtype, channels_last, gradients, channels=20):
+def call(cupy, operator, dtype, box_dtype, channels_last, gradients, channels=20, bins=(2, 3)):
     features = cupy.zeros((1, channels, 4, 5), dtype)
     if channels_last:
         features = cupy.zeros((1, 4, 5, channels), dtype).transpose(0, 3, 1, 2)
     boxes, indices = cupy.asarray(BOXES.astype(box_dtype)), cupy.zeros(1, np.int64)
     place = {"batch_indices": indices} if operator == "roi_align" else {"box_indices": indices}
-    size = {"output_size" if operator == "roi_align" else "crop_size": (2, 3)}
+    size = {"output_size" if operator == "roi_align" else "crop_size": bins}
     output, pullback = cr.vjp(getattr(cr, operator), features, boxes, **place, **size)
     if gradients:
         pullback(output)
@@ -70,8 +70,8 @@ def test_it_is_what_calls_ask_for(operator, dtype, box_dtype, order, gradients, 
 @pytest.mark.parametrize("channels", [1, 3, 7])
 @pytest.mark.parametrize("dtype", ["float16", "float64", "uint8"])
 def test_features_of_few_channels(dtype, channels, asked, emulated):
-    for channels_last in (False, channels > 1):
-        call(emulated, "roi_crop", dtype, "float32", channels_last, gradients=True, channels=channels)
+    for channels_last, bins in itertools.product((False, channels > 1), ((2, 3), (2, 30))):
+        call(emulated, "roi_crop", dtype, "float32", channels_last, True, channels, bins)
     options = ["--operator", "roi_crop", "--dtype", dtype]
     assert chosen(*options, "--channels", str(channels)) == asked
     call(emulated, "roi_crop", dtype, "float32", False, gradients=True)
@@ -87,8 +87,8 @@ def test_channels_must_be_a_number_from_1_on(capsys):
 
 def test_by_default_it_is_what_most_ask_for(asked, emulated):
     for operator, dtype, channels in itertools.product(warmup.RULES, ("float32", "float16"), (3, 256)):
-        for channels_last in (False, True):
-            call(emulated, operator, dtype, "float32", channels_last, gradients=True, channels=channels)
+        for channels_last, bins in itertools.product((False, True), ((2, 3), (30, 2))):
+            call(emulated, operator, dtype, "float32", channels_last, True, channels, bins)
     assert chosen() == asked
     assert len(chosen("--large")) == 2 * len(asked)
     assert {file for file, _ in chosen("--double-backward") - chosen()} == {"forward_along.cu"}

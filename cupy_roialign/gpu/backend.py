@@ -225,7 +225,7 @@ def plan(backend: GpuBackend, layouts: tuple[tuple[Any, ...], ...], frame: int, 
     -0.0 are equal.
     """
     planes, crops, boxes, indices, *directions = (backend.view(*layout) for layout in layouts)
-    types = types_of(planes, crops, boxes, frame)
+    types = types_of(planes, crops, boxes, frame, bins or (1, 1))
     (images, channels, *size), zones = planes.shape, Zones()
     if bins:
         tiling = Tiling.of(bins, channels, types, boxes.shape[0], types.most_bins)
@@ -236,10 +236,13 @@ def plan(backend: GpuBackend, layouts: tuple[tuple[Any, ...], ...], frame: int, 
     return Plan(types, tiling, zones, template)
 
 
-def types_of(planes: arguments.View, crops: arguments.View, boxes: arguments.View, frame: int) -> kernels.Types:
+def types_of(
+    planes: arguments.View, crops: arguments.View, boxes: arguments.View, frame: int, bins: tuple[int, int]
+) -> kernels.Types:
     """The types for some arrays; one of `kernels.every_types`."""
     large = max(planes.last_offset, crops.last_offset) >= LARGE
     channels_last = _is_channels_last(planes.shape, planes.strides)
     precision = geometry.precision(frame, planes.dtype, boxes.dtype)
     lanes = kernels.lanes_of(planes.dtype, planes.shape[1])
-    return kernels.Types(planes.dtype, crops.dtype, boxes.dtype, precision, large, channels_last, lanes)
+    most_bins = kernels.most_bins_of(lanes, planes.dtype, bins)
+    return kernels.Types(planes.dtype, crops.dtype, boxes.dtype, precision, large, channels_last, lanes, most_bins)

@@ -78,6 +78,7 @@ class Types(NamedTuple):
     large: bool  # 64-bit offsets
     channels_last: bool  # neighbouring threads take neighbouring channels
     lanes: int  # channels of a pixel or bin that a thread works on together: `lanes_of`
+    most_bins: int = 16  # the longest side of the tile of bins that a block works on: `most_bins_of`
 
     @property
     def compute(self) -> str:
@@ -90,14 +91,6 @@ class Types(NamedTuple):
         return 24 + 2 * (8 + 2 * ITEMSIZES[self.positions])
 
     @property
-    def most_bins(self) -> int:
-        """The longest side of the tile of bins that a block works on: what it finds about a box shall serve many spots.
-
-        Many channels are as many spots for each bin, and small tables of taps leave more to the L1 cache.
-        """
-        return 16 if self.lanes == lanes_of(self.features, MANY_CHANNELS) else 32
-
-    @property
     def blocks(self) -> int:
         """Blocks per multiprocessor that the compiler shall leave registers for."""
         return 2 if self.compute == "float64" else 4
@@ -108,6 +101,15 @@ def lanes_of(features: str, channels: int) -> int:
     return max(1, min(channels, MANY_CHANNELS * 4 // ITEMSIZES[arrays.compute_name(features)]))
 
 
+def most_bins_of(lanes: int, features: str, bins: tuple[int, int]) -> int:
+    """The longest side of a tile of bins: a power of two, since a table has room for so many taps in all.
+
+    What a block finds about a box shall serve many spots. Many channels are as many for each bin. And few bins shall
+    have room for many taps each.
+    """
+    return 32 if lanes < lanes_of(features, MANY_CHANNELS) and max(bins) > 16 else 16
+
+
 def box_name(name: str) -> str:
     """The dtype in which boxes of dtype `name` reach a kernel."""
     return "float64" if name == "float64" else "float32"
@@ -116,8 +118,10 @@ def box_name(name: str) -> str:
 def every_types(channels: int = MANY_CHANNELS) -> list[Types]:
     """All types that a backend asks for, for features with so many channels: see `backend.types_of`."""
     return [
-        Types(features, crops, boxes, positions, large, channels_last, lanes_of(features, channels))
+        Types(features, crops, boxes, positions, large, channels_last, lanes, most_bins)
         for features in CTYPES
+        for lanes in (lanes_of(features, channels),)
+        for most_bins in sorted({most_bins_of(lanes, features, bins) for bins in ((1, 1), (99, 99))})
         for crops in dict.fromkeys((arrays.output_name(features), arrays.compute_name(features)))
         for boxes, positions in (("float32", "float32"), ("float32", "float64"), ("float64", "float64"))
         for large in (False, True)
@@ -135,8 +139,8 @@ def instantiations(channels: int = MANY_CHANNELS) -> list[tuple[str, Types]]:
 def _is_asked_for(name: str, types: Types) -> bool:
     if name in ("forward", "forward_along"):  # which write the crops
         return types.crops == arrays.output_name(types.features)
-    if KERNELS[name] == KERNELS["feature_gradient"]:  # which writes the gradient of the features
-        return types.features in arrays.FLOATS
+    if KERNELS[name] == KERNELS["feature_gradient"]:  # which writes the gradient of the features, in tiles of pixels
+        return types.features in arrays.FLOATS and types.most_bins == 16
     return True
 
 
