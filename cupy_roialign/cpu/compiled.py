@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -74,90 +74,62 @@ class _Group(NamedTuple):
     images: np.ndarray  # (K,)
 
     def crops(self, features: np.ndarray, lines: _Lines | None, out: np.ndarray, cost: int) -> None:
-        job = self.job
-        if lines:
-
-            def crop(part: slice) -> None:
-                for own in lines.batches(job, part, out):
-                    to = lines.ordered(out[own])
-                    made = to if out.dtype == job.dtype else np.empty(to.shape, job.dtype)
-                    self.call("crops", lines, _numbers(own), self.images, self.terms[0], False, made.reshape(-1))
-                    if made is not to:
-                        to[...] = made
-
-            threads.run(crop, threads.parts(len(out), cost), cost)
-            return
-
-        def work(window: _Window) -> None:
-            strips = window.strips(features)
-            for numbers in window.batches():
-                made = np.zeros((len(numbers), *job.rule.bins, window.channels.stop - window.channels.start), job.dtype)
+        def work(share: _Share) -> None:
+            strips, dtype, to = share.strips(features), self.job.dtype, share.ordered(out[:, share.channels])
+            for numbers in share.batches(out):
+                at, again = _slice(numbers), False
+                plain = isinstance(at, slice) and _is_plain(to[at], dtype)
+                made = to[at] if plain else np.empty((len(numbers), *to.shape[1:]), dtype)
                 for strip in strips:
                     for term in self.terms:
-                        self.call("crops", strip, numbers, window.images, term, True, made.reshape(-1))
-                out[_slice(numbers), window.channels] = made.transpose(0, 3, 1, 2)
+                        self.call("crops", strip, numbers, share.images, term, again, made.reshape(-1))
+                        again = True
+                if not plain:
+                    to[at] = made
 
-        out[~self.touching()] = 0
-        threads.run(work, self.windows(features, leveled=bool(job.directions)), cost)
+        if lines:
+            threads.run(work, [_InPlace(self, part, lines) for part in threads.parts(len(out), cost)], cost)
+        else:
+            out[~self.touching()] = 0
+            threads.run(work, self.windows(features, leveled=bool(self.job.directions)), cost)
 
     def to_features(self, grads: np.ndarray, total: np.ndarray, lines: _Lines | None, cost: int) -> None:
-        dtype, owned = self.job.dtype, collections.defaultdict(list)
-        if lines:
-
-            def add(rows: slice) -> None:
-                for part in lines.batches(self.job, slice(0, len(grads)), grads):
-                    crops = lines.flat(grads[part], dtype)
-                    for term in self.terms:
-                        self.call("spread", lines.between(rows), _numbers(part), self.images, term, crops)
-
-            threads.run(add, threads.parts(total.shape[2], cost), cost)
-            return
-
-        def work(windows: list[_Window]) -> None:
-            for window in windows:
-                for strip in window.strips(total, add=True):
-                    for numbers in window.batches():
-                        crops = strip.flat(grads[_slice(numbers), window.channels], dtype)
+        def work(shares: Sequence[_Share]) -> None:
+            for share in shares:
+                for strip in share.strips(total, add=True):
+                    for numbers in share.batches(grads):
+                        crops = strip.flat(grads[_slice(numbers), share.channels], self.job.dtype)
                         for term in self.terms:
-                            self.call("spread", strip, numbers, window.images, term, crops)
+                            self.call("spread", strip, numbers, share.images, term, crops)
 
-        for window in self.windows(total, bands=True):
-            owned[window.image, window.channels.start].append(window)  # by the part of the features that they add to
-        threads.run(work, owned.values(), cost)
+        if lines:
+            rows, every = threads.parts(total.shape[2], cost), slice(0, len(grads))
+            threads.run(work, [[_InPlace(self, every, lines.between(some))] for some in rows], cost)
+        else:  # each thread adds to a part of the features of its own
+            windows = self.windows(total, bands=True)
+            threads.run(work, _grouped(windows, lambda window: (window.image, window.channels.start)), cost)
 
     def to_boxes(self, grads: np.ndarray, features: np.ndarray, lines: _Lines | None, cost: int) -> np.ndarray:
         """(terms, K, 4)."""
-        found, owned = np.zeros((len(self.terms), len(grads), 4)), collections.defaultdict(list)
+        found = np.zeros((len(self.terms), len(grads), 4))
 
-        def add(strip: _Lines, numbers: np.ndarray, images: np.ndarray, crops: np.ndarray, levels: np.ndarray) -> None:
-            flat, size = strip.flat(crops, self.job.dtype), self.job.rule.bins[1] * strip.where[1]
-            sums = np.empty((5, max(4, size)))
-            for term, to in zip(self.terms, found, strict=True):
-                self.call("slopes", strip, numbers, images, term, self.of.values, levels, flat, sums, to)
+        def work(shares: Sequence[_Share]) -> None:
+            for share in shares:
+                strips = share.strips(features)
+                for numbers in share.batches(grads):
+                    levels = self.levels(features[:, share.channels], numbers)
+                    for strip in strips:
+                        crops = strip.flat(grads[_slice(numbers), share.channels], self.job.dtype)
+                        sums = np.empty((5, max(4, self.job.rule.bins[1] * strip.where[1])))
+                        for term, to in zip(self.terms, found, strict=True):
+                            rest = self.of.values, levels, crops, sums, to
+                            self.call("slopes", strip, numbers, share.images, term, *rest)
 
         if lines:
-
-            def here(part: slice) -> None:
-                for own in lines.batches(self.job, part, grads):
-                    numbers = _numbers(own)
-                    add(lines, numbers, self.images, grads[own], self.levels(features, self.images[own], numbers))
-
-            threads.run(here, threads.parts(len(grads), cost), cost)
-            return found
-
-        def work(windows: list[_Window]) -> None:
-            for window in windows:
-                strips, first = window.strips(features), 0
-                levels = self.levels(features[:, window.channels], window.image, window.boxes)
-                for numbers in window.batches():
-                    crops, last = grads[_slice(numbers), window.channels], first + len(numbers)
-                    for strip in strips:
-                        add(strip, numbers, window.images, crops, levels[first:last])
-                    first = last
-
-        for window in self.windows(features, slopes=True):
-            owned[window.image, window.boxes[0]].append(window)  # by the boxes, whose sums they add to
-        threads.run(work, owned.values(), cost)
+            threads.run(work, [[_InPlace(self, part, lines)] for part in threads.parts(len(grads), cost)], cost)
+        else:  # each thread adds to the sums of boxes of its own
+            windows = self.windows(features, slopes=True)
+            threads.run(work, _grouped(windows, lambda window: (window.image, window.boxes[0])), cost)
         return found
 
     def call(self, name: str, strip: _Lines, numbers: np.ndarray, images: np.ndarray, term: Term, *rest: Any) -> None:
@@ -173,10 +145,10 @@ class _Group(NamedTuple):
         loop = machine_code.loop(name, self.job.dtype.char, self.job.dtype.char, few)
         loop(*strip, numbers, images, begin, extent, pixel, *term, bins, *scratch, True if few else None, *rest)
 
-    def levels(self, features: np.ndarray, images: Any, numbers: np.ndarray) -> np.ndarray:
+    def levels(self, features: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """(boxes, C): the first pixel that each box touches, where that is finite."""
         y, x = (np.minimum(self.of.extent[axis, 0, numbers], features.shape[2 + axis] - 1) for axis in (0, 1))
-        levels = features[images, :, y, x].astype(self.job.dtype)
+        levels = features[self.images[numbers], :, y, x].astype(self.job.dtype)
         levels[~np.isfinite(levels)] = 0
         return levels
 
@@ -237,14 +209,22 @@ def _cost(job: Job) -> int:
     return pixels * job.shape[1]
 
 
-def _numbers(part: slice) -> np.ndarray:
-    return np.arange(part.start, part.stop)
-
-
 def _slice(numbers: np.ndarray) -> Any:
     """Numbers as a slice, if they follow each other: for that NumPy makes no copy."""
     first, last = int(numbers[0]), int(numbers[-1])
     return slice(first, last + 1) if last - first + 1 == len(numbers) else numbers
+
+
+def _grouped(windows: list[_Window], key: Callable[[_Window], Any]) -> list[list[_Window]]:
+    groups = collections.defaultdict(list)
+    for window in windows:
+        groups[key(window)].append(window)
+    return list(groups.values())
+
+
+def _is_plain(array: np.ndarray, dtype: np.dtype) -> bool:
+    """Whether the loops take an array as it is."""
+    return array.dtype == dtype and array.flags.c_contiguous and array.flags.aligned
 
 
 def _each(job: Job, channels: int) -> int:
@@ -273,14 +253,6 @@ class _Lines(NamedTuple):
         """Crops in the order of the lines; a copy where they are in another, or of another dtype."""
         return np.require(self.ordered(crops), dtype, ["C", "A"]).reshape(-1)
 
-    def batches(self, job: Job, part: slice, crops: np.ndarray) -> Iterable[slice]:
-        """All boxes of the part at once or, where their crops must be copied, some at a time."""
-        flags = self.ordered(crops).flags
-        if crops.dtype == job.dtype and flags.c_contiguous and flags.aligned:
-            return [part]
-        each = _each(job, job.shape[1])
-        return (slice(first, min(first + each, part.stop)) for first in range(part.start, part.stop, each))
-
 
 def _in_place(job: Job, array: np.ndarray, alike: bool = False) -> _Lines | None:
     """Features that are worked on as they are: pixels with their channels, or planes.
@@ -305,6 +277,31 @@ def _in_place(job: Job, array: np.ndarray, alike: bool = False) -> _Lines | None
         if not large and (alike or 2 * taken > count * plane):
             return None
     return _Lines(array.reshape(-1), (channels, 1, height, width, 0, 0, 0, height))
+
+
+class _InPlace(NamedTuple):
+    """Boxes that are worked on where their features are."""
+
+    group: _Group
+    part: slice  # their numbers
+    lines: _Lines
+    channels: slice = slice(None)
+
+    @property
+    def images(self) -> np.ndarray:
+        return self.group.images
+
+    def ordered(self, crops: np.ndarray) -> np.ndarray:
+        return self.lines.ordered(crops)
+
+    def strips(self, array: np.ndarray, add: bool = False) -> Iterable[_Lines]:
+        return [self.lines]
+
+    def batches(self, crops: np.ndarray) -> Iterable[np.ndarray]:
+        """Numbers of all boxes at once or, where their crops must be copied, of some at a time."""
+        job, start, stop = self.group.job, self.part.start, self.part.stop
+        each = stop - start if _is_plain(self.ordered(crops), job.dtype) else _each(job, job.shape[1])
+        return (np.arange(first, min(first + each, stop)) for first in range(start, stop, each))
 
 
 class _Window(NamedTuple):
@@ -336,12 +333,19 @@ class _Window(NamedTuple):
             if not add:
                 np.copyto(pixels.transpose(2, 0, 1), window, casting="unsafe")
             if self.leveled:
-                pixels -= self.group.levels(array[:, self.channels], self.image, self.boxes)
+                pixels -= self.group.levels(array[:, self.channels], self.boxes)
             where = 1, channels, height, width * channels, top, self.columns.start, top, bottom
             yield _Lines(pixels.reshape(-1), where)
             if add:
                 window += pixels.transpose(2, 0, 1)
 
-    def batches(self) -> Iterator[np.ndarray]:
+    def ordered(self, crops: np.ndarray) -> np.ndarray:
+        return crops.transpose(0, 2, 3, 1)
+
+    def batches(self, crops: np.ndarray) -> Iterable[np.ndarray]:
         each = _each(self.group.job, self.channels.stop - self.channels.start)
         return (self.boxes[first : first + each] for first in range(0, len(self.boxes), each))
+
+
+_Share = _InPlace | _Window
+"""What a thread works on at a time."""
