@@ -103,7 +103,7 @@ def test_the_same_numbers(name, channels, dtype, order, grad_order, odd, directi
 register_jitable(geometry.edge_slopes)
 
 
-@loops.loop
+@numba.njit(**loops.OPTIONS)
 def twin(spec, low, high, bins, size, found):
     """What `positions.expected_positions` gives of one axis, box by box."""
     real = loops.type_of(low)

@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupy_roialign import arrays
+from cupy_roialign import arrays, geometry
 from cupy_roialign.cpu import loops, machine_code, threads, weights
 from cupy_roialign.cpu.weights import Job, Rows, Term
 
 BATCH = 2**18
 """Bytes of crops that are worked on at a time before they are brought back; they stay in the cache."""
+
+STEP = 2**16
+"""Numbers that are brought over in about the time that Python takes for a window."""
 
 MANY = 8 * loops.GROUP
 """Channels that are brought over together where NumPy would else make many short copies: of each pixel's channels in
@@ -42,14 +45,23 @@ def _rows(job: Job, some: slice, slopes: bool, room: int) -> Rows:
 
 def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
     """Writes the crops; 0 in bins without a sample."""
-    lines, cost = None if job.directions else _in_place(job, features), _cost(job)
-    for group in _groups(job):
-        group.crops(features, lines, output[group.some], cost)
+    lines, cost, rule = None if job.directions else _in_place(job, features), _cost(job), job.rule
+    if not lines or not _is_plain(lines.ordered(output), job.dtype):
+        for group in _groups(job):
+            group.crops(features, output[group.some], cost)
+        return
+    loop = machine_code.loop("forward", job.dtype.char, job.boxes.dtype.char, lines.few)
+
+    def work(part: slice) -> None:
+        boxes = job.boxes[part], rule.columns, job.shape[2:], rule.bins, job.images[part]
+        loop(machine_code.Spec.of(rule), *boxes, *lines, lines.few or None, lines.ordered(output[part]).reshape(-1))
+
+    threads.run(work, threads.parts(len(output), cost), cost)
 
 
 def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
     """Adds the feature gradient, box after box."""
-    lines, cost = _in_place(job, total), _cost(job)
+    lines, cost = _in_place(job, total, add=True), _cost(job)
     for group in _groups(job):
         group.to_features(grad[group.some], total, lines, cost)
 
@@ -73,25 +85,23 @@ class _Group(NamedTuple):
     terms: list[Term]
     images: np.ndarray  # (K,)
 
-    def crops(self, features: np.ndarray, lines: _Lines | None, out: np.ndarray, cost: int) -> None:
-        def work(share: _Share) -> None:
-            strips, dtype, to = share.strips(features), self.job.dtype, share.ordered(out[:, share.channels])
-            for numbers in share.batches(out):
+    def crops(self, features: np.ndarray, out: np.ndarray, cost: int) -> None:
+        def work(window: _Window) -> None:
+            strips, dtype = window.strips(features), self.job.dtype
+            to = out[:, window.channels].transpose(0, 2, 3, 1)
+            for numbers in window.batches(out):
                 at, again = _slice(numbers), False
                 plain = isinstance(at, slice) and _is_plain(to[at], dtype)
                 made = to[at] if plain else np.empty((len(numbers), *to.shape[1:]), dtype)
                 for strip in strips:
                     for term in self.terms:
-                        self.call("crops", strip, numbers, share.images, term, again, made.reshape(-1))
+                        self.call("crops", strip, numbers, window.images, term, again, made.reshape(-1))
                         again = True
                 if not plain:
                     to[at] = made
 
-        if lines:
-            threads.run(work, [_InPlace(self, part, lines) for part in threads.parts(len(out), cost)], cost)
-        else:
-            out[~self.touching()] = 0
-            threads.run(work, self.windows(features, leveled=bool(self.job.directions)), cost)
+        out[~self.touching()] = 0
+        threads.run(work, self.windows(features, leveled=bool(self.job.directions)), cost)
 
     def to_features(self, grads: np.ndarray, total: np.ndarray, lines: _Lines | None, cost: int) -> None:
         def work(shares: Sequence[_Share]) -> None:
@@ -134,16 +144,16 @@ class _Group(NamedTuple):
 
     def call(self, name: str, strip: _Lines, numbers: np.ndarray, images: np.ndarray, term: Term, *rest: Any) -> None:
         """Runs a loop, with memory for what it holds of a box."""
-        (_, channels, _, width, *_), (begin, extent, pixel, _, (most_y, most_x)) = strip.where, self.of
-        bins, few, kinds = self.job.rule.bins, channels < loops.LANES, 3 if name == "slopes" else 1
-        pixels = max(min(loops.FAR * most_x, width // channels), most_x) + bins[1] + 2
+        (begin, extent, pixel, _, most), kinds, dtype = self.of, 3 if name == "slopes" else 1, self.job.dtype
+        (_, channels, _, width, *_), few, bins = strip.where, strip.few, self.job.rule.bins
+        of_indices, of_offsets, of_scratch = loops.room(most, bins[1], width, channels, few)  # type: ignore[no-untyped-call]
         scratch = (
-            np.empty((1 + 5 * kinds, (most_x + bins[1] + 2) * (channels if few else 1)), np.uint32),
-            np.empty((2, max(most_y, most_x) + 3), np.uint64),
-            np.empty((2 + 4 * kinds, max(pixels * channels, most_y)), self.job.dtype),
+            np.empty((1 + 5 * kinds, of_indices), np.uint32),
+            np.empty((2, of_offsets), np.uint64),
+            np.empty((2 + 4 * kinds, of_scratch), dtype),
         )
-        loop = machine_code.loop(name, self.job.dtype.char, self.job.dtype.char, few)
-        loop(*strip, numbers, images, begin, extent, pixel, *term, bins, *scratch, True if few else None, *rest)
+        loop = machine_code.loop(name, dtype.char, dtype.char, few)
+        loop(*strip, numbers, images, begin, extent, pixel, *term, bins, *scratch, few or None, *rest)
 
     def levels(self, features: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """(boxes, C): the first pixel that each box touches, where that is finite."""
@@ -165,32 +175,38 @@ class _Group(NamedTuple):
         `leveled`: always one for each, less the level of the box. `bands`: windows may lie over each other.
         """
         channels, (first, stop), size = self.job.shape[1], self.of.extent.swapaxes(0, 1), self.job.dtype.itemsize
-        touching, zeros, windows = self.touching(), np.zeros_like(self.images), []
+        touching, zeros = self.touching(), np.zeros_like(self.images)
         many = slopes or arrays.is_channels_last(array.shape, array.strides)
-        most = min(MANY if many else loops.GROUP, channels)
-
-        def add(image: int, boxes: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-            (y0, x0), (y1, x1) = low.tolist(), high.tolist()
-            block = most
-            if not bands:  # windows that add to the same pixels must agree on the channels
-                block = max(1, min(block, weights.WORKSPACE // ((y1 - y0) * (x1 - x0) * size)))
-            step = max(1, weights.WORKSPACE // ((x1 - x0) * block * size))
-            for c in range(0, channels, block):
-                where = range(y0, y1, step), slice(x0, x1), slice(c, min(c + block, channels))
-                windows.append(_Window(self, boxes, image, *where, zeros, leveled))
-
+        least = min(MANY if many else loops.GROUP, channels)
+        found: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []  # image, boxes, first pixel and stop
         for image in np.unique(self.images[touching]).tolist():
             boxes = np.flatnonzero((self.images == image) & touching)
             low, high = first[:, boxes].min(axis=1), stop[:, boxes].max(axis=1)
             # Each row costs about one cache line more than it has pixels.
             each_read = ((stop - first)[:, boxes] + np.array([[0], [loops.GROUP]])).prod(axis=0).sum()
             pixels = int((high - low).prod())
-            fits = pixels * most * size <= weights.WORKSPACE
+            fits = pixels * least * size <= weights.WORKSPACE
             if pixels <= each_read and fits and not leveled:
-                add(image, boxes, low, high)
+                found.append((image, boxes, low, high))
             else:
-                for box in boxes.tolist():
-                    add(image, np.array([box]), first[:, box], stop[:, box])
+                found += [(image, np.array([box]), first[:, box], stop[:, box]) for box in boxes.tolist()]
+
+        def block_of(pixels: int) -> int:
+            """How many channels are brought over together: of small windows more, for the sake of fewer steps."""
+            return min(max(least, BATCH // (pixels * size) // loops.GROUP * loops.GROUP), channels)
+
+        areas = [int((high - low).prod()) for _, _, low, high in found]
+        windows = []
+        for (image, boxes, low, high), pixels in zip(found, areas, strict=True):
+            (y0, x0), (y1, x1) = low.tolist(), high.tolist()
+            if bands:  # windows that add to the same pixels must agree on the channels
+                block = block_of(max(areas))
+            else:
+                block = max(1, min(block_of(pixels), weights.WORKSPACE // (pixels * size)))
+            step = max(1, weights.WORKSPACE // ((x1 - x0) * block * size))
+            for c in range(0, channels, block):
+                where = range(y0, y1, step), slice(x0, x1), slice(c, min(c + block, channels))
+                windows.append(_Window(self, boxes, image, *where, zeros, leveled))
         return windows
 
 
@@ -243,6 +259,11 @@ class _Lines(NamedTuple):
     """Planes of an image, channels of a pixel, height of a plane and numbers in a line; the image's row and column at
     which planes begin; the image's rows to work on, from and to."""
 
+    @property
+    def few(self) -> bool:
+        """Whether the loops for few channels take them."""
+        return self.where[1] < loops.LANES
+
     def between(self, rows: slice) -> _Lines:
         return self._replace(where=(*self.where[:6], rows.start, rows.stop))
 
@@ -254,29 +275,43 @@ class _Lines(NamedTuple):
         return np.require(self.ordered(crops), dtype, ["C", "A"]).reshape(-1)
 
 
-def _in_place(job: Job, array: np.ndarray, alike: bool = False) -> _Lines | None:
+def _in_place(job: Job, array: np.ndarray, add: bool = False, alike: bool = False) -> _Lines | None:
     """Features that are worked on as they are: pixels with their channels, or planes.
-
-    Each number of a plane is taken out of a line by itself. So of many channels pixels are better, even if they must be
-    brought over, unless that would be more work: for few crops of a large image, or a large plane.
 
     Sums over channels come out alike only by the same way, whatever boxes there are: `alike` asks for that.
     """
     flags = array.flags
     if array.dtype != job.dtype or not flags.aligned:
         return None
-    (count, channels, height, width), (y, x), ratio = array.shape, job.rule.bins, job.rule.sampling_ratio
+    _, channels, height, width = array.shape
     if not flags.c_contiguous:
         pixels = array.transpose(0, 2, 3, 1)
         if not pixels.flags.c_contiguous:
             return None
         return _Lines(pixels.reshape(-1), (1, channels, height, width * channels, 0, 0, 0, height))
     if channels >= loops.LANES:
-        plane, taken = height * width, len(job.boxes) * y * min(2 * ratio * x if ratio else width + x, width + x)
-        large = plane * job.dtype.itemsize * (loops.GROUP if alike else 1) > weights.WORKSPACE
-        if not large and (alike or 2 * taken > count * plane):
+        large = height * width * job.dtype.itemsize * loops.GROUP > weights.WORKSPACE
+        if not (large if alike else _is_less_in_place(job, add)):
             return None
     return _Lines(array.reshape(-1), (channels, 1, height, width, 0, 0, 0, height))
+
+
+def _is_less_in_place(job: Job, add: bool) -> bool:
+    """Whether planes of many channels are less work where they are than brought over as pixels.
+
+    In a plane each number is taken out of a line by itself, of pixels LANES of them at a time. But all pixels of a box
+    are brought over, in windows of boxes or of images; those that are added to are brought back as well.
+    """
+    (count, channels, height, width), (y, x), ratio = job.shape, job.rule.bins, job.rule.sampling_ratio
+    taken = len(job.boxes) * y * min(2 * ratio * x if ratio else width + x, width + x) * channels * loops.LANES
+    if taken <= STEP:
+        return True
+    areas: Any = 1.0
+    for low, high, bins, size in job.axes():
+        _, step, _ = geometry.affine(job.rule, low, high, bins, size, job.boxes.dtype.type)
+        areas = areas * np.fmin(np.abs(step) * bins + 2, size)  # NaN of a broken box counts as all
+    of_boxes, of_images = areas.sum() * channels + STEP * len(job.boxes), (height * width * channels + STEP) * count
+    return bool(taken <= min(of_boxes, of_images) * (2 if add else 1))
 
 
 class _InPlace(NamedTuple):
@@ -291,16 +326,13 @@ class _InPlace(NamedTuple):
     def images(self) -> np.ndarray:
         return self.group.images
 
-    def ordered(self, crops: np.ndarray) -> np.ndarray:
-        return self.lines.ordered(crops)
-
     def strips(self, array: np.ndarray, add: bool = False) -> Iterable[_Lines]:
         return [self.lines]
 
     def batches(self, crops: np.ndarray) -> Iterable[np.ndarray]:
         """Numbers of all boxes at once or, where their crops must be copied, of some at a time."""
         job, start, stop = self.group.job, self.part.start, self.part.stop
-        each = stop - start if _is_plain(self.ordered(crops), job.dtype) else _each(job, job.shape[1])
+        each = stop - start if _is_plain(self.lines.ordered(crops), job.dtype) else _each(job, job.shape[1])
         return (np.arange(first, min(first + each, stop)) for first in range(start, stop, each))
 
 
@@ -338,9 +370,6 @@ class _Window(NamedTuple):
             yield _Lines(pixels.reshape(-1), where)
             if add:
                 window += pixels.transpose(2, 0, 1)
-
-    def ordered(self, crops: np.ndarray) -> np.ndarray:
-        return crops.transpose(0, 2, 3, 1)
 
     def batches(self, crops: np.ndarray) -> Iterable[np.ndarray]:
         each = _each(self.group.job, self.channels.stop - self.channels.start)

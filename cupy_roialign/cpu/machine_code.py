@@ -20,7 +20,7 @@ from cupy_roialign import rule as rules
 from cupy_roialign.cpu import loops
 from cupy_roialign.rule import Rule
 
-NAMES = ("rows", "crops", "spread", "slopes")
+NAMES = ("rows", "crops", "spread", "slopes", "forward")
 """Of the loops."""
 
 _config: Any = numba.config
@@ -47,7 +47,7 @@ class Key(NamedTuple):
 
     name: str
     dtype: str  # of the features, f or d
-    real: str  # of positions, for rows
+    real: str  # of positions, for rows and forward
     few: bool  # for few channels, that is less than loops.LANES
 
 
@@ -67,6 +67,7 @@ def _signature(key: Key) -> tuple[Any, ...]:
         "crops": (read, *common, numba.boolean, written),
         "spread": (written, *common, read),
         "slopes": (read, *common, table, table, read, sums, sums),
+        "forward": (spec, boxes, four, pair, pair, integers, read, eight, common[-1], written),
     }[key.name]
 
 
@@ -82,16 +83,15 @@ def loop(*key: Any) -> Any:
 
 def make(key: Key) -> Any:
     """Compiles a loop, or loads it from the cache on disk; once, whichever thread asks first."""
-    source, signature = getattr(loops, key.name), _signature(key)
-    options = {name: source.targetoptions[name] for name in ("nogil", "error_model", "no_cfunc_wrapper")}
+    function, signature = getattr(loops, key.name).py_func, _signature(key)
     with _lock, _cache_folder(key) as folder:
         if key not in _made:
             try:  # Numba would take another folder, that knows of changes to loops.py alone
                 os.makedirs(folder, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
-                _made[key] = numba.njit(signature, cache=True, **options)(source.py_func)
+                _made[key] = numba.njit(signature, cache=True, **loops.OPTIONS)(function)
             except (OSError, RuntimeError):  # one that cannot be written to
-                _made[key] = numba.njit(signature, **options)(source.py_func)
+                _made[key] = numba.njit(signature, **loops.OPTIONS)(function)
         return _made[key]
 
 
