@@ -99,7 +99,8 @@ def table(report):
 def short_table(report):
     """README's."""
     ways = ("compiled, NCHW", "compiled, channels-last")
-    rows = [["one CPU thread, float32", "fastest peer", "cupy_roialign, NCHW", "cupy_roialign, channels-last"]]
+    what = "one CPU thread, float32, with Numba"
+    rows = [[what, "fastest peer", "cupy_roialign, NCHW", "cupy_roialign, channels-last"]]
     for title, (name, step) in ROWS.items():
         if times := report[TIMES].get(name, {}).get(step):
             rows.append([title, _peer(times), *(_ours(times, way) for way in ways)])

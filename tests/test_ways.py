@@ -401,6 +401,35 @@ def test_the_plain_way_needs_numpy_alone_and_starts_no_threads_of_blas():
     assert run(code, CUPY_ROIALIGN_COMPILED="0", OPENBLAS_NUM_THREADS="4") == "set()"
 
 
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_crops_are_the_same_in_place_and_brought_over(ratio, monkeypatch):
+    """Planes of many channels are worked on where they are less work: that depends on the other boxes of a call."""
+    rng = np.random.default_rng(5)
+    features = rng.standard_normal((2, 40, 30, 35), dtype=np.float32)
+    boxes = rng.uniform(-5, 38, (60, 4)).astype(np.float32)
+    boxes[7] = np.nan
+    at = boxes, rng.integers(0, 2, 60), rule.roi_align((5, 4), 1.0, ratio, True)
+    asked, found = [], []
+    for in_place in (True, False):
+        monkeypatch.setattr(
+            compiled, "_is_less_in_place", lambda job, add, is_less=in_place: asked.append(is_less) or is_less
+        )
+        with backends.way("compiled"):
+            found.append(backend.forward(features, *at))
+    assert asked == [True, False]
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize(("count", "side", "expected"), [(1, 20, False), (1, 180, True), (30, 180, False)])
+def test_what_is_less_work(count, side, expected):
+    """A small box is brought over; of a large one the few pixels that are wanted are read; of 30 the whole image is."""
+    boxes = np.tile(np.array([[3, 3, 3 + side, 3 + side]], np.float32), (count, 1))
+    features = arrays.ArraySpec((1, 256, 200, 200), (1, 1, 1, 1), "float32")
+    what = rule.roi_align((7, 7), 1.0, 2, True)
+    job = weights.Job.of(features, boxes, np.zeros(count, np.int64), what, ())
+    assert compiled._is_less_in_place(job, False) == expected
+
+
 ROWS = ("rows", "f", "f", False)
 
 
