@@ -2,7 +2,7 @@
 
 Features that lie as such numbers, side by side, are worked on where they are: pixels with their channels, or planes of
 few channels. Of all others the part that boxes touch is brought over first, some channels at a time: 16-bit floats,
-integers, other strides and, since single channels of a pixel are slow, planes of many channels.
+integers, other strides and, where that is less work, planes of many channels.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray)
 
 
 class _Group(NamedTuple):
-    """Boxes of a job that are worked on together, with their rows. In place, as far as there are `lines`."""
+    """Boxes of a job that are worked on together, with their rows. Gradients in place, as far as there are `lines`."""
 
     job: Job
     some: slice
@@ -196,12 +196,11 @@ class _Group(NamedTuple):
             return min(max(least, BATCH // (pixels * size) // loops.GROUP * loops.GROUP), channels)
 
         areas = [int((high - low).prod()) for _, _, low, high in found]
-        windows = []
+        of_all, windows = block_of(max(areas, default=1)), []
         for (image, boxes, low, high), pixels in zip(found, areas, strict=True):
             (y0, x0), (y1, x1) = low.tolist(), high.tolist()
-            if bands:  # windows that add to the same pixels must agree on the channels
-                block = block_of(max(areas))
-            else:
+            block = of_all  # windows that add to the same pixels must agree on the channels
+            if not bands:
                 block = max(1, min(block_of(pixels), weights.WORKSPACE // (pixels * size)))
             step = max(1, weights.WORKSPACE // ((x1 - x0) * block * size))
             for c in range(0, channels, block):
