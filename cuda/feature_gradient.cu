@@ -27,7 +27,7 @@ struct Bounds {
 
 // ---- the workspace: of each box Bounds and two Axis, then the marks ----
 
-static_assert(sizeof(Bounds) + 2 * sizeof(Axis) == BOX_BYTES, "gpu/tiling.py allocates as much per box");
+static_assert(sizeof(Bounds) + 2 * sizeof(Axis) == BOX_BYTES, "Types.box_bytes in gpu/kernels.py says the same");
 static_assert(sizeof(Bounds) % alignof(Axis) == 0 && BOX_BYTES % sizeof(unsigned) == 0, "all is aligned");
 
 DEVICE Bounds* bounds_of(const Arguments& a) { return (Bounds*)a.workspace; }

@@ -106,7 +106,7 @@ struct TapStream {
 template <typename W>
 struct TapTable {
     int count[MOST_BINS];
-    Offset first[MOST_BINS];               // of a bin's first pixel, which stays the same from batch to batch
+    Offset first[MOST_BINS];                // of a bin's first pixel, which stays the same from batch to batch
     Tap<W> taps[MOST_BINS][MOST_TAPS + 1];  // one more, so that bins lie in different banks
     TapStream<W> streams[MOST_BINS];
 

@@ -9,8 +9,8 @@ The samples of a bin are averaged. A border rule says what a position outside of
 which pixels a position inside it reads.
 
 The functions serve arrays, of many boxes, and numbers: NumPy runs them as they are (cpu/weights.py), Numba compiles
-them for numbers (cpu/loops.py). So they take `real`, the type of positions (numpy.float32 or numpy.float64), and
-make each constant of that type; they choose by `select`, and by `if` only where the rule alone decides.
+them for numbers (cpu/compiled_rows.py). So they take `real`, the type of positions (numpy.float32 or numpy.float64),
+and make each constant of that type; they choose by `select`, and by `if` only where the rule alone decides.
 cuda/geometry.cuh is their twin.
 
 Every operation is done in one precision (see `precision`), in the order in which the peers do it, and without fused

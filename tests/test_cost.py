@@ -41,7 +41,11 @@ def tried(request, monkeypatch):
     """Makes `Rows`, in one of the two ways, and tells how many positions were worked out for each axis."""
     if request.param == "compiled":
         pytest.importorskip("numba")
-        from cupy_roialign.cpu import compiled, loops, machine_code  # before anything is patched, which they compile
+        from cupy_roialign.cpu import (  # before anything is patched, which they compile
+            compiled,
+            compiled_rows,
+            machine_code,
+        )
     position, counts = geometry.position, []
 
     def counting(*args):
@@ -54,9 +58,9 @@ def tried(request, monkeypatch):
         build = weights.rows
     else:
         # as Python, so that calls can be counted
-        monkeypatch.setattr(loops, "type_of", lambda array: array.dtype.type)
-        monkeypatch.setattr(loops, "edges", loops.edges.py_func)
-        monkeypatch.setattr(machine_code, "loop", lambda name, *key: getattr(loops, name).py_func)
+        monkeypatch.setattr(compiled_rows, "type_of", lambda array: array.dtype.type)
+        monkeypatch.setattr(compiled_rows, "edges", compiled_rows.edges.py_func)
+        monkeypatch.setattr(machine_code, "loop", lambda name, *key: getattr(compiled_rows, name).py_func)
         build = compiled._rows
 
     def run(case, low, high):

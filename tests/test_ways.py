@@ -22,7 +22,7 @@ from tests.test_oracle import ORDERS, lay_out
 numba = pytest.importorskip("numba", reason="the compiled way needs Numba")
 from numba.extending import register_jitable  # noqa: E402
 
-from cupy_roialign.cpu import compiled, loops, machine_code  # noqa: E402
+from cupy_roialign.cpu import compiled, compiled_rows, loops, machine_code  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,10 +103,10 @@ def test_the_same_numbers(name, channels, dtype, order, grad_order, odd, directi
 register_jitable(geometry.edge_slopes)
 
 
-@numba.njit(**loops.OPTIONS)
+@numba.njit(**compiled_rows.OPTIONS)
 def twin(spec, low, high, bins, size, found):
     """What `positions.expected_positions` gives of one axis, box by box."""
-    real = loops.type_of(low)
+    real = compiled_rows.type_of(low)
     for k in range(len(low)):
         start, step, samples = geometry.affine(spec, low[k], high[k], bins, size, real)
         origin = geometry.origin(start, step, k % bins, real)

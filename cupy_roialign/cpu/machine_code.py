@@ -17,7 +17,7 @@ import numpy as np
 
 from cupy_roialign import geometry
 from cupy_roialign import rule as rules
-from cupy_roialign.cpu import loops
+from cupy_roialign.cpu import compiled_rows, loops
 from cupy_roialign.rule import Rule
 
 NAMES = ("rows", "crops", "spread", "slopes", "forward")
@@ -89,9 +89,9 @@ def make(key: Key) -> Any:
             try:  # Numba would take another folder, that knows of changes to loops.py alone
                 os.makedirs(folder, exist_ok=True)
                 tempfile.TemporaryFile(dir=folder).close()
-                _made[key] = numba.njit(signature, cache=True, **loops.OPTIONS)(function)
+                _made[key] = numba.njit(signature, cache=True, **compiled_rows.OPTIONS)(function)
             except (OSError, RuntimeError):  # one that cannot be written to
-                _made[key] = numba.njit(signature, **loops.OPTIONS)(function)
+                _made[key] = numba.njit(signature, **compiled_rows.OPTIONS)(function)
         return _made[key]
 
 
@@ -103,7 +103,7 @@ def _cache_folder(key: Key) -> Iterator[str]:
     processes that compile one function for other types at the same time would spoil each other's entries.
     """
     digest = hashlib.sha256()
-    for module in (geometry, rules, loops):
+    for module in (geometry, rules, compiled_rows, loops):
         digest.update(Path(str(module.__file__)).read_bytes())
     before = _config.CACHE_DIR
     base = before or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cupy_roialign")
