@@ -402,22 +402,25 @@ def test_the_plain_way_needs_numpy_alone_and_starts_no_threads_of_blas():
 
 
 @pytest.mark.parametrize("ratio", [0, 2])
-def test_crops_are_the_same_in_place_and_brought_over(ratio, monkeypatch):
-    """Planes of many channels are worked on where they are less work: that depends on the other boxes of a call."""
+def test_a_box_is_the_same_in_place_and_brought_over(ratio, monkeypatch):
+    """Planes of many channels are worked on where that is less work: which depends on the other boxes of a call."""
     rng = np.random.default_rng(5)
     features = rng.standard_normal((2, 40, 30, 35), dtype=np.float32)
     boxes = rng.uniform(-5, 38, (60, 4)).astype(np.float32)
     boxes[7] = np.nan
     at = boxes, rng.integers(0, 2, 60), rule.roi_align((5, 4), 1.0, ratio, True)
+    grad, along = rng.standard_normal((60, 40, 5, 4), dtype=np.float32), [rng.standard_normal((60, 4))]
     asked, found = [], []
     for in_place in (True, False):
         monkeypatch.setattr(
             compiled, "_is_less_in_place", lambda job, add, is_less=in_place: asked.append(is_less) or is_less
         )
         with backends.way("compiled"):
-            found.append(backend.forward(features, *at))
-    assert asked == [True, False]
-    np.testing.assert_array_equal(*found)
+            gradients = [backend.box_gradient(grad, features, *at, directions) for directions in ((), along)]
+            found.append([backend.forward(features, *at), *gradients])
+    assert asked == 3 * [True] + 3 * [False]
+    for in_place, brought_over in zip(*found, strict=True):
+        np.testing.assert_array_equal(in_place, brought_over)
 
 
 @pytest.mark.parametrize(("count", "side", "expected"), [(1, 20, False), (1, 180, True), (30, 180, False)])
@@ -465,8 +468,9 @@ def test_no_index_is_out_of_bounds(tmp_path):
         "from cupy_roialign.cpu import backend\n"
         "from tests.test_ways import CASES, lay_out\n"
         "rng = np.random.default_rng(0)\n"
-        "for channels, order, case in itertools.product((3, 20), ('contiguous', 'channels-last'), CASES.values()):\n"
-        "    features = lay_out(rng.standard_normal((2, channels, 23, 31), dtype=np.float32), order)\n"
+        "orders, sizes = ('contiguous', 'channels-last'), ((23, 31), (3, 4))\n"
+        "for channels, order, size, case in itertools.product((3, 20), orders, sizes, CASES.values()):\n"
+        "    features = lay_out(rng.standard_normal((2, channels, *size), dtype=np.float32), order)\n"
         "    grad = rng.standard_normal((40, channels, *case.bins), dtype=np.float32)\n"
         "    boxes = rng.uniform(-5, 35, (40, 4)).astype(np.float32)\n"
         "    boxes[::7] = rng.choice([1e30, -1e30, np.nan, np.inf, 1e5, 3, -1], (6, 4))\n"

@@ -24,6 +24,9 @@ BATCH = 2**18
 STEP = 2**16
 """Numbers that are brought over in about the time that Python takes for a window: 50 us on an AMD EPYC."""
 
+ONE = np.zeros(1, np.int64)
+"""The number of a single box."""
+
 MANY = 8 * loops.GROUP
 """Channels that are brought over together where NumPy would else make many short copies: of each pixel's channels in
 channels-last features, and of each bin's in the crops of the box gradient."""
@@ -31,13 +34,33 @@ channels-last features, and of each bin's in the crops of the box gradient."""
 
 def _rows(job: Job, some: slice, slopes: bool, room: int) -> Rows:
     """`Rows`, the same as those of weights.py; there may be room behind the entries."""
-    rule, sizes, boxes = job.rule, job.shape[2:], job.boxes[some]
-    begin, pixel = np.empty(len(boxes) * (rule.bins[0] + rule.bins[1]) + 1, np.int64), np.empty(room, np.int64)
-    extent, values = np.empty((2, 2, len(boxes)), np.int64), np.empty((3 if slopes else 1, room), job.dtype)
-    sums = np.empty((3, min(2 * rule.sampling_ratio or max(sizes), max(sizes))))
+    boxes, rule = job.boxes[some], job.rule
+    begin, extent, pixel, values, _ = memory = _memory_of_rows(job, len(boxes), slopes, room)
     loop = machine_code.loop("rows", job.dtype.char, boxes.dtype.char, False)
-    most = loop(machine_code.Spec.of(rule), boxes, rule.columns, sizes, rule.bins, begin, extent, pixel, values, sums)
+    most = loop(machine_code.Spec.of(rule), boxes, rule.columns, job.shape[2:], rule.bins, *memory)
     return Rows(begin, extent, pixel, values, most)
+
+
+def _memory_of_rows(job: Job, count: int, slopes: bool, room: int) -> tuple[np.ndarray, ...]:
+    """For the rows of so many boxes, with room for entries: what `Rows` has of arrays, and what is summed up."""
+    (y, x), sizes, ratio = job.rule.bins, job.shape[2:], job.rule.sampling_ratio
+    begin, extent = np.empty(count * (y + x) + 1, np.int64), np.empty((2, 2, count), np.int64)
+    pixel, values = np.empty(room, np.int64), np.empty((3 if slopes else 1, room), job.dtype)
+    return begin, extent, pixel, values, np.empty((3, min(2 * ratio or max(sizes), max(sizes))))
+
+
+def _memory_of_box(job: Job, lines: _Lines, most: tuple[int, int], kinds: int = 1) -> tuple[np.ndarray, ...]:
+    """For what loops hold of a box, of at most so many entries along y and x: `indices`, `offsets` and `scratch`.
+
+    `kinds`: of values along x.
+    """
+    (y, x), bins, channels = most, job.rule.bins[1], lines.where[1]
+    pixels = max(min(loops.FAR * x, lines.where[3] // channels), x) + bins + 2
+    return (
+        np.empty((1 + 5 * kinds, (x + bins + 2) * (channels if lines.few else 1)), np.uint32),
+        np.empty((2, max(y, x) + 3), np.uint64),
+        np.empty((2 + 4 * kinds, max(pixels * channels, y)), job.dtype),
+    )
 
 
 # ---- the three functions ----
@@ -50,11 +73,14 @@ def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
         for group in _groups(job):
             group.crops(features, output[group.some], cost)
         return
+    y, x = (most if isinstance(most, int) else int(most.max()) for most in job.most_entries())
     loop = machine_code.loop("forward", job.dtype.char, job.boxes.dtype.char, lines.few)
 
     def work(part: slice) -> None:
         boxes = job.boxes[part], rule.columns, job.shape[2:], rule.bins, job.images[part]
-        loop(machine_code.Spec.of(rule), *boxes, *lines, lines.few or None, lines.ordered(output[part]).reshape(-1))
+        memory = *_memory_of_rows(job, 1, False, y + x), *lines, ONE, *_memory_of_box(job, lines, (y, x))
+        crops = lines.ordered(output[part]).reshape(-1)
+        loop(machine_code.Spec.of(rule), *boxes, *memory, lines.few or None, crops)
 
     threads.run(work, threads.parts(len(output), cost), cost)
 
@@ -68,7 +94,7 @@ def to_features(job: Job, grad: np.ndarray, total: np.ndarray) -> None:
 
 def to_boxes(job: Job, grad: np.ndarray, features: np.ndarray, sums: np.ndarray) -> None:
     """Adds to `sums`, (K, 4), the gradients with respect to y's start and step, and x's."""
-    lines, cost = _in_place(job, features, alike=True), 4 * _cost(job)
+    lines, cost = _in_place(job, features, whole=True), 4 * _cost(job)
     for group in _groups(job, slopes=True):
         found = group.to_boxes(grad[group.some], features, lines, cost)
         for axes, of_term in zip(job.free_axes(), found, strict=True):
@@ -144,16 +170,10 @@ class _Group(NamedTuple):
 
     def call(self, name: str, strip: _Lines, numbers: np.ndarray, images: np.ndarray, term: Term, *rest: Any) -> None:
         """Runs a loop, with memory for what it holds of a box."""
-        (begin, extent, pixel, _, most), kinds, dtype = self.of, 3 if name == "slopes" else 1, self.job.dtype
-        (_, channels, _, width, *_), few, bins = strip.where, strip.few, self.job.rule.bins
-        of_indices, of_offsets, of_scratch = loops.room(most, bins[1], width, channels, few)  # type: ignore[no-untyped-call]
-        scratch = (
-            np.empty((1 + 5 * kinds, of_indices), np.uint32),
-            np.empty((2, of_offsets), np.uint64),
-            np.empty((2 + 4 * kinds, of_scratch), dtype),
-        )
-        loop = machine_code.loop(name, dtype.char, dtype.char, few)
-        loop(*strip, numbers, images, begin, extent, pixel, *term, bins, *scratch, few or None, *rest)
+        (begin, extent, pixel, _, most), few, job = self.of, strip.few or None, self.job
+        memory = _memory_of_box(job, strip, most, 3 if name == "slopes" else 1)
+        loop = machine_code.loop(name, job.dtype.char, job.dtype.char, strip.few)
+        loop(*strip, numbers, images, begin, extent, pixel, *term, job.rule.bins, *memory, few, *rest)
 
     def levels(self, features: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """(boxes, C): the first pixel that each box touches, where that is finite."""
@@ -274,10 +294,11 @@ class _Lines(NamedTuple):
         return np.require(self.ordered(crops), dtype, ["C", "A"]).reshape(-1)
 
 
-def _in_place(job: Job, array: np.ndarray, add: bool = False, alike: bool = False) -> _Lines | None:
+def _in_place(job: Job, array: np.ndarray, add: bool = False, whole: bool = False) -> _Lines | None:
     """Features that are worked on as they are: pixels with their channels, or planes.
 
-    Sums over channels come out alike only by the same way, whatever boxes there are: `alike` asks for that.
+    `whole`: a box must not be worked on in strips, which would change sums over it. So what is too large to be brought
+    over in one is worked on in place.
     """
     flags = array.flags
     if array.dtype != job.dtype or not flags.aligned:
@@ -288,10 +309,9 @@ def _in_place(job: Job, array: np.ndarray, add: bool = False, alike: bool = Fals
         if not pixels.flags.c_contiguous:
             return None
         return _Lines(pixels.reshape(-1), (1, channels, height, width * channels, 0, 0, 0, height))
-    if channels >= loops.LANES:
-        large = height * width * job.dtype.itemsize * loops.GROUP > weights.WORKSPACE
-        if not (large if alike else _is_less_in_place(job, add)):
-            return None
+    large = whole and height * width * job.dtype.itemsize * loops.GROUP > weights.WORKSPACE
+    if channels >= loops.LANES and not large and not _is_less_in_place(job, add):
+        return None
     return _Lines(array.reshape(-1), (channels, 1, height, width, 0, 0, 0, height))
 
 

@@ -16,7 +16,7 @@ OPTIONS: Any = {"nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
 """Each operation is rounded as it is written: so results are the same whichever loop, and whichever processor."""
 
 part = numba.njit(**OPTIONS, no_cpython_wrapper=True)
-"""A part of loops, or a loop that is also called by another. What Python calls is compiled by machine_code.py."""
+"""A part of loops. The loops themselves are compiled by machine_code.py."""
 
 INNER = {"no_cfunc_wrapper": True, "no_cpython_wrapper": True}
 """For what Python does not call. To be called by it takes as long to compile as the rest."""
@@ -61,7 +61,6 @@ def edges(boxes, columns, k, axis):
     return low, high
 
 
-@part
 def rows(rule, boxes, columns, sizes, bins, begin, extent, pixel, values, sums):
     """Fills `Rows` but for `most`, which it returns. One row of `values`: without slopes."""
     slopes, real = len(values) > 1, type_of(boxes)

@@ -12,10 +12,8 @@ Offsets are unsigned: Numba asks of each signed one whether it counts from the e
 from __future__ import annotations
 
 import numpy as np
-from numba.extending import register_jitable
 
-from cupy_roialign import geometry
-from cupy_roialign.cpu.compiled_rows import INNER, edges, part, rows, type_of
+from cupy_roialign.cpu.compiled_rows import part, rows
 
 LANES = 8
 """Numbers that a processor multiplies at once. Of fewer channels bins are taken number by number: see `pair_up`."""
@@ -224,14 +222,6 @@ def dot_pairs(total, size, count, pairs, factors, grad, products):
         products[out] += np.float64(grad[out] * number)
 
 
-@register_jitable(**INNER)
-def room(most, bins, width, channels, few):
-    """How long rows of `indices`, `offsets` and `scratch` are, for boxes of at most `most` entries along y and x."""
-    pixels = max(min(FAR * most[1], width // channels), most[1]) + bins + 2
-    by_number = (most[1] + bins + 2) * (channels if few else 1)
-    return by_number, max(most[0], most[1]) + 3, max(pixels * channels, most[0])
-
-
 # ---- the three functions ----
 #
 # `lines` and `where`: see compiled._Lines. `numbers`: the boxes to work on, of those that the rows `begin`, `extent`
@@ -240,7 +230,6 @@ def room(most, bins, width, channels, few):
 # channels, otherwise None; Numba compiles each of the two by itself.
 
 
-@part
 def crops(
     lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, indices, offsets, scratch, few, again,
     out,
@@ -274,36 +263,18 @@ def crops(
                     take_bins(total, bins[1], channels, ends, places, weights, out, to)
 
 
-@part
-def forward(rule, boxes, columns, sizes, bins, images, lines, where, few, out):
+def forward(
+    rule, boxes, columns, sizes, bins, images, begin, extent, pixel, values, sums, lines, where, numbers, indices,
+    offsets, scratch, few, out,
+):  # fmt: skip
     """Crops of boxes, one after another, each with rows of its own. For features that lie in `lines` as a whole."""
-    planes, channels, width, real = where[0], where[1], where[3], type_of(boxes)
-    begin, extent = np.empty(bins[0] + bins[1] + 1, np.int64), np.empty((2, 2, 1), np.int64)
-    sums, numbers = np.empty((3, max(sizes[0], sizes[1]))), np.zeros(1, np.int64)
-    pixel, values = np.empty(0, np.int64), np.empty((1, 0), lines.dtype)
-    indices, offsets, scratch = np.empty((6, 0), np.uint32), np.empty((2, 0), np.uint64), np.empty((6, 0), lines.dtype)
-    size = planes * channels * bins[0] * bins[1]
+    size = where[0] * where[1] * bins[0] * bins[1]
     for k in range(len(boxes)):
-        entries = np.int64(0)
-        for axis in range(2):
-            low, high = edges(boxes, columns, k, axis)
-            samples = geometry.affine(rule, low, high, bins[axis], sizes[axis], real)[2]
-            entries += bins[axis] * min(2 * samples, sizes[axis])
-        if entries > len(pixel):
-            pixel, values = np.empty(entries, np.int64), np.empty((1, entries), lines.dtype)
-        most = rows(rule, boxes[k : k + 1], columns, sizes, bins, begin, extent, pixel, values, sums)
-        of_indices, of_offsets, of_scratch = room(most, bins[1], width, channels, few is not None)
-        if of_indices > indices.shape[1]:
-            indices = np.empty((6, of_indices), np.uint32)
-        if of_offsets > offsets.shape[1]:
-            offsets = np.empty((2, of_offsets), np.uint64)
-        if of_scratch > scratch.shape[1]:
-            scratch = np.empty((6, of_scratch), lines.dtype)
+        rows(rule, boxes[k : k + 1], columns, sizes, bins, begin, extent, pixel, values, sums)
         of = numbers, images[k : k + 1], begin, extent, pixel, values[0], values[0], bins, indices, offsets, scratch
         crops(lines, where, *of, few, False, out[k * size : (k + 1) * size])
 
 
-@part
 def spread(
     lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, indices, offsets, scratch, few, grads
 ):
@@ -335,7 +306,6 @@ def spread(
                 add_lines(lines, at, n, of, weights_y, starts, pieces, piece, line)
 
 
-@part
 def slopes(
     lines, where, numbers, images, begin, extent, pixel, value_y, value_x, bins, indices, offsets, scratch, few,
     values, levels, grads, sums, found,

@@ -8,6 +8,7 @@ import itertools
 import os
 import tempfile
 import threading
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +21,9 @@ from cupy_roialign import rule as rules
 from cupy_roialign.cpu import compiled_rows, loops
 from cupy_roialign.rule import Rule
 
-NAMES = ("rows", "crops", "spread", "slopes", "forward")
-"""Of the loops."""
+LOOPS: dict[str, Any] = {
+    loop.__name__: loop for loop in (compiled_rows.rows, loops.crops, loops.spread, loops.slopes, loops.forward)
+}
 
 _config: Any = numba.config
 
@@ -60,14 +62,14 @@ def _signature(key: Key) -> tuple[Any, ...]:
     of = integers, array(i, 3, "C", readonly=True), integers, read, read, pair
     scratch = array(numba.uint32, 2, "C"), array(numba.uint64, 2, "C"), array(f, 2, "C")
     common = eight, integers, integers, *of, *scratch, numba.boolean if key.few else numba.none
-    spec, boxes = numba.typeof(Spec(0, 0, 0, 1.0, 1, True)), array(real, 2, "A", readonly=True)
-    made = array(i, 1, "C"), array(i, 3, "C"), array(i, 1, "C"), array(f, 2, "C"), sums
+    boxes = numba.typeof(Spec(0, 0, 0, 1.0, 1, True)), array(real, 2, "A", readonly=True), four, pair, pair
+    rows = array(i, 1, "C"), array(i, 3, "C"), array(i, 1, "C"), array(f, 2, "C"), sums
     return {
-        "rows": (spec, boxes, four, pair, pair, *made),
+        "rows": (*boxes, *rows),
         "crops": (read, *common, numba.boolean, written),
         "spread": (written, *common, read),
         "slopes": (read, *common, table, table, read, sums, sums),
-        "forward": (spec, boxes, four, pair, pair, integers, read, eight, common[-1], written),
+        "forward": (*boxes, integers, *rows, read, eight, integers, *scratch, common[-1], written),
     }[key.name]
 
 
@@ -83,7 +85,10 @@ def loop(*key: Any) -> Any:
 
 def make(key: Key) -> Any:
     """Compiles a loop, or loads it from the cache on disk; once, whichever thread asks first."""
-    function, signature = getattr(loops, key.name).py_func, _signature(key)
+    function, signature = LOOPS[key.name], _signature(key)
+    if key.name == "forward":  # of parts that are compiled already
+        parts = {"rows": make(key._replace(name="rows", few=False)), "crops": make(key._replace(name="crops"))}
+        function = types.FunctionType(function.__code__, function.__globals__ | parts)
     with _lock, _cache_folder(key) as folder:
         if key not in _made:
             try:  # Numba would take another folder, that knows of changes to loops.py alone
@@ -116,5 +121,5 @@ def _cache_folder(key: Key) -> Iterator[str]:
 
 def compile_all() -> None:
     """All loops for float32 and float64."""
-    for name, dtype, few in itertools.product(NAMES, "fd", (False, True)):
+    for name, dtype, few in itertools.product(LOOPS, "fd", (False, True)):
         make(Key(name, dtype, dtype, few and name != "rows"))

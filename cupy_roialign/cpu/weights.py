@@ -136,17 +136,21 @@ class Job:
         real = self.boxes.dtype.type
         return [geometry.edge_slopes(self.rule, *axis, real) for axis in self.axes(some)]
 
+    def most_entries(self) -> tuple[Any, Any]:
+        """How many entries a box has at most along y and along x: two ints for all boxes, or (K,) each."""
+        ratio, bins, real = self.rule.sampling_ratio, self.rule.bins, self.boxes.dtype.type
+        if ratio:
+            y, x = (n * min(2 * ratio, size) for n, size in zip(bins, self.shape[2:], strict=True))
+        else:
+            y, x = (a[2] * np.minimum(2 * geometry.affine(self.rule, *a, real)[2], a[3]) for a in self.axes())
+        return y, x
+
     def _groups(self) -> Iterator[tuple[slice, int]]:
         """Boxes whose rows fit into the workspace, or a single one where they do not; and at most how many entries."""
-        count, most, ratio, real = len(self.boxes), WORKSPACE // _ENTRY, self.rule.sampling_ratio, self.boxes.dtype.type
-        (y, x), (height, width) = self.rule.bins, self.shape[2:]
-        each: Any = y * (min(2 * ratio, height) if ratio else height) + x * (min(2 * ratio, width) if ratio else width)
-        if each * count <= most:
+        count, most, each = len(self.boxes), WORKSPACE // _ENTRY, sum(self.most_entries())
+        if isinstance(each, int) and each * count <= most:
             yield slice(0, count), each * count
             return
-        if not ratio:
-            samples = [geometry.affine(self.rule, *axis, real)[2] for axis in self.axes()]
-            each = y * np.minimum(2 * samples[0], height) + x * np.minimum(2 * samples[1], width)
         start, ends = 0, np.cumsum(np.broadcast_to(each, count))
         while start < count:
             limit = most + (ends[start - 1] if start else 0)
