@@ -14,8 +14,11 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# Modules are compiled when they are imported, not all of them ahead.
+PIP := -m pip --disable-pip-version-check install --quiet --no-compile
+
 DEMO := .venv-demo
-DEMO_PIP := $(DEMO)/bin/python -m pip --disable-pip-version-check install --quiet
+DEMO_PIP := $(DEMO)/bin/python $(PIP)
 
 demo: $(DEMO)/.ready ## crop a photo in every dialect and save the picture; has a small environment of its own, without torch
 	@$(DEMO)/bin/python examples/crops.py
@@ -51,10 +54,10 @@ bench: $(BENCH_READY) ## time the CPU beside every peer that is installed; ARGS=
 # load: install the torchvision of there into .venv-bench, or do without, by PEERS="onnxruntime tensorflow".
 bench-peers: ## install the benchmark's peers, those that can be had, into .venv-bench
 	$(PYTHON) -m venv --clear $(BENCH)
-	$(BENCH)/bin/python -m pip install --quiet --upgrade pip
-	$(BENCH)/bin/python -m pip install --quiet '$(TORCH)'
-	PYTHONWARNINGS=ignore $(BENCH)/bin/python -m pip install --quiet -e '.[bench]'
-	for peer in $(PEERS); do $(BENCH)/bin/python -m pip install --quiet '$(TORCH)' $$peer || \
+	$(BENCH)/bin/python $(PIP) --upgrade pip
+	$(BENCH)/bin/python $(PIP) '$(TORCH)'
+	PYTHONWARNINGS=ignore $(BENCH)/bin/python $(PIP) -e '.[bench]'
+	for peer in $(PEERS); do $(BENCH)/bin/python $(PIP) '$(TORCH)' $$peer || \
 	    echo "$$peer cannot be had here: the benchmark will do without it"; done
 	@touch $(BENCH)/.ready
 
@@ -78,7 +81,7 @@ clean: ## remove what the other targets made
 $(READY): setup.cfg pyproject.toml
 	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -e '.[test,examples,docs]'
+	$(BIN)/python $(PIP) --upgrade pip
+	$(BIN)/python $(PIP) '$(TORCH)'
+	PYTHONWARNINGS=ignore $(BIN)/python $(PIP) -e '.[test,examples,docs]'
 	@touch $(READY)

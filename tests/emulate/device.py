@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ newaxis, nan, inf, pi = None, np.nan, np.inf, np.pi
 
 HOST = Path(__file__).with_name("host.h")
 COMPILER = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-Wno-unused-const-variable", "-Wno-missing-field-initializers", "-Wno-unused-parameter", "-Wno-clobbered"]
 
 
@@ -354,18 +355,35 @@ extern "C" const char* emulate_NAME(const void* from, long long blocks, int thre
 
 
 def compile_for_host(code: str) -> ctypes.CDLL:
-    """A shared library from C++ text. Kept on disk, by the text and the flags, for the next process."""
+    """A shared library from C++ text that follows host.h. Kept on disk, by text and flags, for the next process.
+
+    host.h is compiled by itself, once: what it includes would else take half of the time.
+    """
+    host = HOST.read_text(encoding="utf-8")
+    header = _kept(host, ".h", lambda path: path.write_text(host, encoding="utf-8"))
+    _kept(host, ".h.gch", lambda path: _compile(path, "", "-x", "c++-header", str(header)))
+    code = f'#include "{header}"\n{code}'
+    return ctypes.CDLL(str(_kept(code, ".so", lambda path: _compile(path, code, "-shared", "-x", "c++", "-"))))
+
+
+def _kept(text: str, suffix: str, make: Callable[[Path], object]) -> Path:
+    """The file that is made of a text."""
     folder = Path(tempfile.gettempdir()) / f"cupy_roialign_emulated_{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    library = folder / (hashlib.sha256("\0".join([COMPILER, *FLAGS, code]).encode()).hexdigest() + ".so")
-    if not library.exists():
-        made = library.with_suffix(f".{os.getpid()}")
-        command = [COMPILER, "-x", "c++", "-", *FLAGS, "-o", str(made)]
-        done = subprocess.run(command, input=code, text=True, capture_output=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"{COMPILER} cannot compile the kernel:\n{done.stderr}")
-        made.replace(library)
-    return ctypes.CDLL(str(library))
+    path = folder / (hashlib.sha256("\0".join([COMPILER, *FLAGS, text]).encode()).hexdigest() + suffix)
+    if not path.exists():
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        make(unfinished)
+        unfinished.replace(path)
+    return path
+
+
+def _compile(path: Path, code: str, *what: str) -> None:
+    done = subprocess.run(
+        [COMPILER, *FLAGS, *what, "-o", str(path)], input=code, text=True, capture_output=True, check=False
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{COMPILER} cannot compile the kernel:\n{done.stderr}")
 
 
 _running = threading.Lock()  # a kernel's memory for its arguments is one for all threads
@@ -376,12 +394,12 @@ class RawKernel:
 
     def __init__(self, code: str, name: str, options: tuple[str, ...] = ()):
         self.name = name
-        host = code.replace(kernels.read("device.cuh"), HOST.read_text(encoding="utf-8"))
-        if host == code:
+        begin, device, rest = code.partition(kernels.read("device.cuh"))
+        if begin or not device:
             raise RuntimeError("the source does not begin with device.cuh")
         # One library for all kernels of a source: to make one takes a second.
         entries = [_ENTRY.replace("NAME", found) for found in _KERNEL.findall(code)]
-        library = compile_for_host(host + _ENTRIES + "".join(entries))
+        library = compile_for_host(rest + _ENTRIES + "".join(entries))
         self._emulate = getattr(library, f"emulate_{name}")
         self._emulate.restype = ctypes.c_char_p
         self._emulate.argtypes = [ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_uint]
