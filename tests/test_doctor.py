@@ -36,7 +36,7 @@ def facts(cuda=None, gpus=(), error=None, cupy=None, torch=None, **environment):
         "python": "3.12.0",
         "platform": "Linux",
         "numpy": "2.0.0",
-        "compiled": {"numba": None, "error": None, "why_not": "Numba is not installed"},
+        "compiled": {"numba": None, "error": None, "why_not": "Numba is not installed", "folder": None},
         "threads": {"count": 2, "error": None},
         "driver": {"cuda": cuda, "release": cuda and "550.54.15", "devices": devices, "error": error},
         "cupy": no_cupy | (cupy or {}),
@@ -410,7 +410,7 @@ def test_folders_that_pass_for_modules(monkeypatch):
 @pytest.mark.parametrize(
     ("why_not", "numba", "error", "environment", "words"),
     [
-        ("", "0.68.1", None, {}, "compiled by Numba 0.68.1"),
+        ("", "0.68.1", None, {}, "compiled by Numba 0.68.1, kept in /cache/loops"),
         (
             "Numba is not installed.",
             None,
@@ -441,6 +441,7 @@ def test_compiled_loops(why_not, numba, error, environment, words, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(cpu_backend, "not_compiled", lambda: why_not)
+    monkeypatch.setattr(cpu_backend, "machine_code_folder", lambda: None if why_not else "/cache/loops")
     module = types.SimpleNamespace(__version__=numba) if numba else None
     imported = doctor._imported
     monkeypatch.setattr(doctor, "_imported", lambda name: (module, error) if name == "numba" else imported(name))

@@ -102,6 +102,7 @@ def loops(monkeypatch):
     def compiled(why_not, seconds=1.25):
         monkeypatch.setattr(cpu_backend, "not_compiled", lambda: why_not)
         monkeypatch.setattr(cpu_backend, "compile_ahead", lambda: seconds)
+        monkeypatch.setattr(cpu_backend, "machine_code_folder", lambda: "/cache/loops")
 
     compiled("Numba is not installed")
     return compiled
@@ -183,7 +184,7 @@ def test_loops_alone(capsys, monkeypatch, loops):
     monkeypatch.setitem(sys.modules, "cupy", None)
     loops("")
     status, output, error = run(capsys)
-    assert (status, output) == (0, "CPU loops: ready in 1.2 s\n")
+    assert (status, output) == (0, "CPU loops: ready in 1.2 s, kept in /cache/loops\n")
     assert error.startswith("GPU kernels: not compiled, because there is no NVIDIA driver; ")
 
 
@@ -191,10 +192,11 @@ def test_loops_are_compiled(capsys, monkeypatch):
     """By the program as a user runs it."""
     pytest.importorskip("numba")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUPY_ROIALIGN_COMPILED": "1"}
+    environment["NUMBA_CACHE_DIR"] = folder = cpu_backend.machine_code_folder()
     command = [sys.executable, "-m", "cupy_roialign", "warmup", "--inference"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    assert re.match(r"CPU loops: ready in \d+\.\d s\n", done.stdout)
+    assert re.match(rf"CPU loops: ready in \d+\.\d s, kept in {re.escape(folder)}\n", done.stdout)
 
 
 def test_wrong_options(capsys):

@@ -69,6 +69,12 @@ def compile_ahead() -> float:
     return time.perf_counter() - start
 
 
+def machine_code_folder() -> str | None:
+    """Where the compiled loops are kept; None where they are not in use."""
+    way, _ = _compiled()
+    return way.machine_code.folder() if way is not None else None
+
+
 def _way() -> Any:
     return _compiled()[0] or plain
 

@@ -89,15 +89,21 @@ def make(key: Key) -> Any:
     if key.name == "forward":  # of parts that are compiled already
         parts = {"rows": make(key._replace(name="rows", few=False)), "crops": make(key._replace(name="crops"))}
         function = types.FunctionType(function.__code__, function.__globals__ | parts)
-    with _lock, _cache_folder(key) as folder:
+    with _lock, _cache_folder(key) as kept_in:
         if key not in _made:
             try:  # Numba would take another folder, that knows of changes to loops.py alone
-                os.makedirs(folder, exist_ok=True)
-                tempfile.TemporaryFile(dir=folder).close()
+                os.makedirs(kept_in, exist_ok=True)
+                tempfile.TemporaryFile(dir=kept_in).close()
                 _made[key] = numba.njit(signature, cache=True, **compiled_rows.OPTIONS)(function)
             except (OSError, RuntimeError):  # one that cannot be written to
                 _made[key] = numba.njit(signature, **compiled_rows.OPTIONS)(function)
         return _made[key]
+
+
+def folder() -> str:
+    """Where machine code is kept."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return _config.CACHE_DIR or os.path.join(caches, "cupy_roialign")
 
 
 @contextlib.contextmanager
@@ -111,8 +117,7 @@ def _cache_folder(key: Key) -> Iterator[str]:
     for module in (geometry, rules, compiled_rows, loops):
         digest.update(Path(str(module.__file__)).read_bytes())
     before = _config.CACHE_DIR
-    base = before or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "cupy_roialign")
-    _config.CACHE_DIR = os.path.join(base, digest.hexdigest()[:16], f"{key.dtype}{key.real}{key.few:d}")
+    _config.CACHE_DIR = os.path.join(folder(), digest.hexdigest()[:16], f"{key.dtype}{key.real}{key.few:d}")
     try:
         yield _config.CACHE_DIR
     finally:

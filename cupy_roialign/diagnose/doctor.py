@@ -84,13 +84,15 @@ def _imported(name: str) -> tuple[Any, str | None]:
 
 
 def _compiled() -> Facts:
-    """Whether the loops for the CPU are compiled, and why not."""
+    """Whether the loops for the CPU are compiled and where they are kept, or why they are not."""
     numba, error = _imported("numba")
+    folder = None
     try:
         why_not = cpu_backend.not_compiled()
+        folder = cpu_backend.machine_code_folder()
     except Exception as failure:
         why_not = brief(failure)
-    return {"numba": _version(numba), "error": error, "why_not": why_not.rstrip(" .") or None}
+    return {"numba": _version(numba), "error": error, "why_not": why_not.rstrip(" .") or None, "folder": folder}
 
 
 def _threads() -> Facts:
@@ -291,7 +293,7 @@ def examine() -> Facts:
 def _loops(compiled: Facts, environment: dict[str, str]) -> str:
     """Whether the loops for the CPU are compiled or, if not, why and what to do."""
     if compiled["why_not"] is None:
-        return f"compiled by Numba {compiled['numba']}"
+        return f"compiled by Numba {compiled['numba']}, kept in {compiled['folder']}"
     if compiled["numba"] is None and compiled["error"] is None:
         remedy = "pip install 'cupy_roialign[cpu]' makes the CPU faster"
     elif environment.get(COMPILED) == "0":

@@ -109,7 +109,7 @@ def compile_loops() -> bool:
     if why_not:
         print(f"CPU loops: not compiled, because {why_not}", file=sys.stderr)
         return False
-    print(f"CPU loops: ready in {cpu_backend.compile_ahead():.1f} s")
+    print(f"CPU loops: ready in {cpu_backend.compile_ahead():.1f} s, kept in {cpu_backend.machine_code_folder()}")
     return True
 
 
