@@ -144,9 +144,9 @@ def box_gradient(
         _way().to_boxes(job, grad_output, features, sums)
     gradient = np.zeros(boxes.shape, np.float64)
     for axis, (start_low, start_high, step_high) in enumerate(job.slopes(slice(None))):
-        to_start, to_step = sums[:, 2 * axis], sums[:, 2 * axis + 1]
-        gradient[:, rule.columns[axis]] = to_start * start_low - to_step * step_high
-        gradient[:, rule.columns[axis + 2]] = to_start * start_high + to_step * step_high
+        to_start, to_high = sums[:, 2 * axis], sums[:, 2 * axis + 1] * step_high
+        gradient[:, rule.columns[axis]] = to_start * start_low - to_high
+        gradient[:, rule.columns[axis + 2]] = to_start * start_high + to_high
     if job.broken is not None:
         gradient[np.ix_(job.broken, np.array(rule.columns, np.intp))] = np.nan
     return gradient.astype(boxes.dtype.newbyteorder("="), copy=False)

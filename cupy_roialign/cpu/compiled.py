@@ -24,8 +24,8 @@ BATCH = 2**18
 STEP = 2**16
 """Numbers that are brought over in about the time that Python takes for a window: 50 us on an AMD EPYC."""
 
-ONE = np.zeros(1, np.int64)
-"""The number of a single box."""
+ONE_BOX = np.zeros(1, np.int64)
+"""`numbers` of a single box."""
 
 MANY = 8 * loops.GROUP
 """Channels that are brought over together where NumPy would else make many short copies: of each pixel's channels in
@@ -78,7 +78,7 @@ def crops(job: Job, features: np.ndarray, output: np.ndarray) -> None:
 
     def work(part: slice) -> None:
         boxes = job.boxes[part], rule.columns, job.shape[2:], rule.bins, job.images[part]
-        memory = *_memory_of_rows(job, 1, False, y + x), *lines, ONE, *_memory_of_box(job, lines, (y, x))
+        memory = *_memory_of_rows(job, 1, False, y + x), *lines, ONE_BOX, *_memory_of_box(job, lines, (y, x))
         crops = lines.ordered(output[part]).reshape(-1)
         loop(machine_code.Spec.of(rule), *boxes, *memory, lines.few or None, crops)
 

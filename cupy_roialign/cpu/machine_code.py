@@ -24,6 +24,7 @@ from cupy_roialign.rule import Rule
 LOOPS: dict[str, Any] = {
     loop.__name__: loop for loop in (compiled_rows.rows, loops.crops, loops.spread, loops.slopes, loops.forward)
 }
+"""What is compiled, each for several types."""
 
 _config: Any = numba.config
 
@@ -86,7 +87,7 @@ def loop(*key: Any) -> Any:
 def make(key: Key) -> Any:
     """Compiles a loop, or loads it from the cache on disk; once, whichever thread asks first."""
     function, signature = LOOPS[key.name], _signature(key)
-    if key.name == "forward":  # of parts that are compiled already
+    if key.name == "forward":  # It calls two loops as they are compiled; Numba would compile them again.
         parts = {"rows": make(key._replace(name="rows", few=False)), "crops": make(key._replace(name="crops"))}
         function = types.FunctionType(function.__code__, function.__globals__ | parts)
     with _lock, _cache_folder(key) as kept_in:
