@@ -14,8 +14,7 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Modules are compiled when they are imported, not all of them ahead.
-PIP := -m pip --disable-pip-version-check install --quiet --no-compile
+PIP := -m pip --disable-pip-version-check install --quiet
 
 DEMO := .venv-demo
 DEMO_PIP := $(DEMO)/bin/python $(PIP)
