@@ -117,7 +117,7 @@ def test_every_instantiation(share, architectures):
 
 
 def test_float16_for_the_oldest(architectures):
-    """What an architecture may lack instructions for. float32 is compiled for it below."""
+    """An old architecture may lack instructions for float16. float32 is compiled for it below."""
     some = [
         (name, types)
         for channels in CHANNELS

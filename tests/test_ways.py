@@ -452,6 +452,16 @@ def test_machine_code_is_kept_and_follows_its_sources(cache, monkeypatch):
     assert str(cache) == numba.config.CACHE_DIR
 
 
+def test_boxes_of_another_precision_compile_no_second_loop_over_pixels(cache, monkeypatch):
+    monkeypatch.setattr(machine_code, "_made", {})
+    features, boxes = np.ones((1, 1, 9, 9), np.float32), np.array([[1, 1, 5, 6]])
+    for real in (np.float32, np.float64):
+        with backends.way("compiled"):
+            backend.forward(features, boxes.astype(real), np.zeros(1, np.int64), rule.roi_align((2, 3)))
+    assert [key.real for key in machine_code._made if key.name == "crops"] == ["f"]
+    assert sorted(key.real for key in machine_code._made if key.name == "forward") == ["d", "f"]
+
+
 def test_a_folder_that_cannot_be_written_to_is_done_without(cache, monkeypatch):
     (cache / "file").write_text("")
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(cache / "file" / "below"))

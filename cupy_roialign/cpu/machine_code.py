@@ -88,7 +88,8 @@ def make(key: Key) -> Any:
     """Compiles a loop, or loads it from the cache on disk; once, whichever thread asks first."""
     function, signature = LOOPS[key.name], _signature(key)
     if key.name == "forward":  # It calls two loops as they are compiled; Numba would compile them again.
-        parts = {"rows": make(key._replace(name="rows", few=False)), "crops": make(key._replace(name="crops"))}
+        rows, crops = Key("rows", key.dtype, key.real, False), Key("crops", key.dtype, key.dtype, key.few)
+        parts = {"rows": make(rows), "crops": make(crops)}
         function = types.FunctionType(function.__code__, function.__globals__ | parts)
     with _lock, _cache_folder(key) as kept_in:
         if key not in _made:

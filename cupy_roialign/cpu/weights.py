@@ -138,12 +138,12 @@ class Job:
 
     def most_entries(self) -> tuple[Any, Any]:
         """How many entries a box has at most along y and along x: two ints for all boxes, or (K,) each."""
-        ratio, bins, real = self.rule.sampling_ratio, self.rule.bins, self.boxes.dtype.type
+        ratio, real = self.rule.sampling_ratio, self.boxes.dtype.type
+        (bins_y, bins_x), (height, width) = self.rule.bins, self.shape[2:]
         if ratio:
-            y, x = (n * min(2 * ratio, size) for n, size in zip(bins, self.shape[2:], strict=True))
-        else:
-            y, x = (a[2] * np.minimum(2 * geometry.affine(self.rule, *a, real)[2], a[3]) for a in self.axes())
-        return y, x
+            return bins_y * min(2 * ratio, height), bins_x * min(2 * ratio, width)
+        y, x = (geometry.affine(self.rule, *axis, real)[2] for axis in self.axes())  # samples per bin
+        return bins_y * np.minimum(2 * y, height), bins_x * np.minimum(2 * x, width)
 
     def _groups(self) -> Iterator[tuple[slice, int]]:
         """Boxes whose rows fit into the workspace, or a single one where they do not; and at most how many entries."""
